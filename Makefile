@@ -1,0 +1,34 @@
+# Every target makes .venv and installs what it needs, and does nothing again when nothing changed.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help demo test lint bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+.venv/installed: pyproject.toml
+	@test -d .venv || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@echo "installing Tubelet into .venv (some minutes, about 6 GB)"
+	@$(BIN)/python -m pip install --quiet torch ninja setuptools wheel
+	@DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation deepspeed
+	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+demo: .venv/installed ## make videos, pretrain, finetune, and write runs/demo/report.html
+	@$(BIN)/tubelet demo
+
+test: .venv/installed ## run the tests
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+
+lint: .venv/installed ## check the code with ruff
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+bench: .venv/installed ## measure this machine against peers, as ratios
+	@$(BIN)/python -m pytest tests/benchmarks --override-ini 'addopts=-q -s' --benchmarks
+
+clean: ## remove .venv and runs
+	rm -rf .venv runs

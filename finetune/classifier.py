@@ -1,0 +1,124 @@
+"""The classifier: an encoder, a class token or mean pooling, and an MLP head (ViT, arXiv 2010.11929, section 3.1).
+
+The pretrained encoder has no class token; finetuning adds a fresh one, which stands where the encoder's design wants
+it: in the sequence of a joint encoder, in the temporal transformer of a factorised one.
+"""
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from finetune.config import HeadConfig
+from pretrain.data.clips import ClipConfig
+from pretrain.errors import Refused
+from pretrain.model.blocks import LAYER_NORM_EPS, initialise
+from pretrain.model.encoder import Encoder, EncoderConfig
+from pretrain.weights import configs_from, describe_encoder, encoder_from, load_model_folder, save_model_folder
+
+
+class Classifier(nn.Module):
+    """An encoder with a head.
+
+    Args:
+        encoder: The encoder; it must have a class token if the head reads one.
+        head: The head.
+        classes: Number of classes.
+    """
+
+    def __init__(self, encoder: Encoder, head: HeadConfig, classes: int) -> None:
+        """Creates the head; the encoder keeps its weights."""
+        super().__init__()
+        self.encoder = encoder
+        self.pool = head.pool
+        widths = [encoder.width, *head.hidden]
+        layers: list[nn.Module] = []
+        if head.pool == "mean":
+            layers.append(nn.LayerNorm(encoder.width, eps=LAYER_NORM_EPS))
+        for before, after in itertools.pairwise(widths):
+            layers += [nn.Linear(before, after), nn.GELU()]
+        last = nn.Linear(widths[-1], classes)
+        self.head = nn.Sequential(*layers, nn.Dropout(head.dropout), last)
+        self.head.apply(initialise)
+        nn.init.trunc_normal_(last.weight, std=0.02)
+        last.weight.data.mul_(head.init_scale)
+
+    def forward(self, clips: Tensor) -> Tensor:
+        """Returns logits `(B, classes)` for clips `(B, T, H, W, C)`, uint8 or normalised floats."""
+        encoded = self.encoder(clips)
+        return self.head(encoded.class_token if self.pool == "class_token" else encoded.mean())
+
+    def group_matcher(self, coarse: bool = False) -> Any:
+        """Returns a function from parameter names to layers, for timm's layer-wise decay."""
+        above = self.encoder.layers + 1
+        return lambda name: (
+            self.encoder.layer_of(name.removeprefix("encoder.")) if name.startswith("encoder.") else above
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelDescription:
+    """What a model folder says of its classifier.
+
+    Attributes:
+        encoder: Its architecture.
+        clip: The clips it sees.
+        head: Its head.
+        classes: Names of the classes, in the order of their numbers.
+        short_side: Short side of the stored videos it was trained on, in pixels.
+        frame_rate: Their frame rate if packing set one, else None.
+    """
+
+    encoder: EncoderConfig
+    clip: ClipConfig
+    head: HeadConfig
+    classes: tuple[str, ...]
+    short_side: int
+    frame_rate: float | None
+
+    def build(self) -> Classifier:
+        """Returns a classifier with fresh weights."""
+        encoder = encoder_from(self.encoder, self.clip, class_token=self.head.pool == "class_token")
+        return Classifier(encoder, self.head, len(self.classes))
+
+
+def save_classifier(folder: Path, weights: dict[str, Tensor], description: ModelDescription) -> None:
+    """Writes a self-contained model folder."""
+    content = describe_encoder(description.encoder, description.clip) | {
+        "head": dataclasses.asdict(description.head),
+        "classes": list(description.classes),
+        "short_side": description.short_side,
+        "frame_rate": description.frame_rate,
+    }
+    save_model_folder(folder, weights, content)
+
+
+def load(folder: str | Path) -> tuple[Classifier, ModelDescription]:
+    """Loads a classifier for inference.
+
+    Args:
+        folder: A model folder, or a finetuning run that holds one.
+
+    Raises:
+        Refused: The folder holds no classifier, or one that is damaged.
+    """
+    folder = Path(folder)
+    if (folder / "model" / "config.json").is_file():
+        folder = folder / "model"
+    weights, content = load_model_folder(folder)
+    if "classes" not in content:
+        raise Refused(f"{folder}: is an encoder, not a classifier; finetune it first")
+    encoder, clip = configs_from(content, folder)
+    head = HeadConfig(**{**content["head"], "hidden": tuple(content["head"]["hidden"])})
+    description = ModelDescription(
+        encoder, clip, head, tuple(content["classes"]), content["short_side"], content["frame_rate"]
+    )
+    model = description.build()
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise Refused(f"{folder}: config.json and model.safetensors do not fit: {reason}; export it again") from None
+    return model.eval(), description

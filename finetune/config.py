@@ -1,0 +1,112 @@
+"""The configuration of a finetuning run."""
+
+import dataclasses
+from typing import Literal
+
+from pretrain.config import RunConfig, ValidationConfig
+from pretrain.errors import Refused
+from pretrain.model.encoder import EncoderConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadConfig:
+    """What stands on the encoder."""
+
+    pool: Literal["class_token", "mean"] = "class_token"
+    """What the head reads: a class token added to the pretrained encoder, or the mean of its tokens."""
+    hidden: tuple[int, ...] = ()
+    """Widths of the head's hidden layers; none is one linear layer."""
+    dropout: float = 0.0
+    """Dropout before the last layer."""
+    init_scale: float = 0.001
+    """Factor on the last layer's first weights, so that training starts from even odds."""
+
+    def validate(self) -> None:
+        """Raises `Refused` for values that cannot be."""
+        if not 0 <= self.dropout < 1:
+            raise Refused(f"head.dropout: {self.dropout} must be at least 0 and less than 1")
+        if self.init_scale <= 0 or any(width < 1 for width in self.hidden):
+            raise Refused("head.init_scale, head.hidden: must be greater than 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class MixingConfig:
+    """Regularisation by mixed clips and softened labels (timm's Mixup)."""
+
+    mixup: float = 0.0
+    """Alpha of mixup (arXiv 1710.09412); 0 is none."""
+    cutmix: float = 0.0
+    """Alpha of cutmix (arXiv 1905.04899); 0 is none."""
+    probability: float = 1.0
+    """Probability that a micro-batch is mixed."""
+    switch_probability: float = 0.5
+    """Probability of cutmix where both are on."""
+    label_smoothing: float = 0.1
+    """Share of the label that is spread over all classes."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether clips are mixed at all."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    def validate(self, micro_batch_clips: int) -> None:
+        """Raises `Refused` for values that cannot be."""
+        for name in ("probability", "switch_probability", "label_smoothing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise Refused(f"mixing.{name}: {getattr(self, name)} must lie between 0 and 1")
+        if self.mixup < 0 or self.cutmix < 0:
+            raise Refused("mixing.mixup, mixing.cutmix: must not be negative")
+        if self.mixes and micro_batch_clips % 2:
+            raise Refused(
+                f"data.micro_batch: mixup pairs a micro-batch's clips, and {micro_batch_clips} is odd; use an even one"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewsConfig:
+    """Multi-view testing: the logits of all views of a video are averaged."""
+
+    temporal: int = 1
+    """Time windows spread evenly over a video."""
+    spatial: int = 1
+    """Square crops spread evenly along the longer side."""
+
+    def validate(self) -> None:
+        """Raises `Refused` for numbers below 1."""
+        if self.temporal < 1 or self.spatial < 1:
+            raise Refused("views.temporal, views.spatial: must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig(RunConfig):
+    """A finetuning run."""
+
+    out: str = "runs/finetune"
+    """Folder of the run."""
+    encoder: str | None = None
+    """Pretraining run, or encoder folder, to start from; None trains from scratch."""
+    architecture: EncoderConfig | None = None
+    """The encoder's architecture: needed from scratch, and checked where an encoder is given."""
+    drop_path: float = 0.1
+    """Probability that a clip skips the last block's branches in training."""
+    head: HeadConfig = dataclasses.field(default_factory=HeadConfig)
+    """What stands on the encoder."""
+    mixing: MixingConfig = dataclasses.field(default_factory=MixingConfig)
+    """Mixup, cutmix, label smoothing."""
+    validation: ValidationConfig = dataclasses.field(default_factory=lambda: ValidationConfig(samples=1_000_000))
+    """Accuracy on held-out samples."""
+    views: ViewsConfig = dataclasses.field(default_factory=ViewsConfig)
+    """Views of each held-out video in the final evaluation."""
+
+    def validate(self) -> None:
+        """Raises `Refused` for whatever is wrong, before anything is allocated."""
+        self.validate_run()
+        self.head.validate()
+        self.mixing.validate(self.data.micro_batch * self.data.repeats)
+        self.views.validate()
+        if self.encoder is None and self.architecture is None:
+            raise Refused("encoder: is missing; give a pretraining run, or an architecture to train from scratch")
+        if not 0 <= self.drop_path < 1:
+            raise Refused(f"drop_path: {self.drop_path} must be at least 0 and less than 1")
+        if self.validation.every < 1 or self.validation.samples < 1:
+            raise Refused("validation.every, validation.samples: must be at least 1")

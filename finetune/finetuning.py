@@ -1,0 +1,230 @@
+"""Finetuning: a pretrained encoder with a class token and a head learns to classify clips."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from timm.loss import SoftTargetCrossEntropy
+from torch import Tensor, nn
+
+from finetune.classifier import ModelDescription, save_classifier
+from finetune.config import FinetuneConfig
+from finetune.evaluate import HEADLINE, Evaluation, check_labels, evaluate_on, evaluation_sections
+from pretrain.data.clips import ClipConfig
+from pretrain.data.loader import Batch, TrainingClips
+from pretrain.data.shards import ShardSet
+from pretrain.engine.run import Run
+from pretrain.engine.tracking import read_metrics
+from pretrain.errors import Refused
+from pretrain.files import write_json
+from pretrain.model.encoder import EncoderConfig
+from pretrain.report import Section, write_report
+from pretrain.stage import (
+    curve_figures,
+    open_stage,
+    open_training_shards,
+    order_of,
+    say_finished,
+    start_processes,
+    summarise,
+    train,
+)
+from pretrain.weights import configs_from, find_encoder, load_encoder_weights, load_model_folder
+
+
+def finetune(config: FinetuneConfig) -> dict[str, Any]:
+    """Finetunes an encoder, or trains one from scratch, and leaves the classifier in the run's folder.
+
+    Returns:
+        The run's final figures, as in `summary.json`.
+
+    Raises:
+        Refused: The configuration, the shards, the encoder or the run's checkpoints do not fit; nothing was started.
+        StoppedByRule: The run was stopped; its checkpoints are whole.
+    """
+    config.validate()
+    shards = open_training_shards(config)
+    check_labels(shards, shards.classes)
+    held_out = ShardSet.open(config.validation.shards) if config.validation.shards else None
+    if held_out:
+        check_labels(held_out, shards.classes)
+    weights, architecture = starting_point(config)
+    architecture.validate(config.data.clip.frames, config.data.clip.size)
+    order = order_of(config, shards)
+    steps = config.total_steps(order.steps_per_epoch)
+    description = ModelDescription(
+        dataclasses.replace(architecture, drop_path=config.drop_path),
+        config.data.clip,
+        config.head,
+        shards.classes,
+        shards.short_side,
+        shards.frame_rate,
+    )
+    torch.manual_seed(config.seed)
+    model = description.build()
+    if weights:
+        load_encoder_weights(model.encoder, weights, find_encoder(config.encoder))
+    with start_processes(config) as processes, open_stage(config, processes, "finetune", order, shards) as run:
+        if run.first_step >= steps:
+            return say_finished(run)
+        check = functools.partial(accuracy_on, held_out, config, description, run) if held_out else None
+        trained = train(
+            config,
+            run,
+            order,
+            steps,
+            model,
+            TrainingClips(shards, config.data, config.seed),
+            build_objective(config, len(shards.classes)),
+            validation=check,
+            validate_every=config.validation.every,
+            export=functools.partial(export_classifier, description, run),
+        )
+        summary = summarise(run, steps)
+        evaluation = evaluate_finally(trained, held_out, config, description, run) if held_out else None
+        if evaluation:
+            summary |= evaluation.figures
+        if processes.is_main:
+            write_finetuning_report(run.out, summary, evaluation, shards.classes)
+        run.finish(summary)
+        return summary
+
+
+def starting_point(config: FinetuneConfig) -> tuple[dict[str, Tensor] | None, EncoderConfig]:
+    """Returns the pretrained weights and the architecture; no weights where training starts from scratch.
+
+    Raises:
+        Refused: The encoder is of another architecture, or its clips are of another shape.
+    """
+    if config.encoder is None:
+        return None, config.architecture.resolved()
+    folder = find_encoder(config.encoder)
+    weights, content = load_model_folder(folder)
+    architecture, clip = configs_from(content, folder)
+    wanted = config.architecture.resolved() if config.architecture else architecture
+    refuse_other_architecture(folder, architecture, wanted)
+    refuse_other_clip(folder, clip, config.data.clip)
+    return weights, architecture
+
+
+def refuse_other_architecture(folder: Path, found: EncoderConfig, wanted: EncoderConfig) -> None:
+    """Raises `Refused` unless two architectures are alike in everything that shapes weights."""
+    for field in dataclasses.fields(EncoderConfig):
+        ours, theirs = getattr(wanted, field.name), getattr(found, field.name)
+        if field.name not in ("drop_path", "variant") and ours != theirs:
+            raise Refused(
+                f"architecture.{field.name}: is {ours}, but the encoder in {folder} has {theirs}; leave architecture "
+                f"out to take the encoder's own"
+            )
+
+
+def refuse_other_clip(folder: Path, found: ClipConfig, wanted: ClipConfig) -> None:
+    """Raises `Refused` unless clips have the shape and the colours that the encoder was pretrained with."""
+    for name in ("frames", "size", "mean", "std"):
+        if getattr(found, name) != getattr(wanted, name):
+            raise Refused(
+                f"data.clip.{name}: is {getattr(wanted, name)}, but the encoder in {folder} was pretrained with "
+                f"{getattr(found, name)}; use that"
+            )
+
+
+def build_objective(config: FinetuneConfig, classes: int) -> Any:
+    """Returns the loss of a batch: cross-entropy with label smoothing, over mixed clips if the recipe mixes."""
+    mixing = config.mixing
+    if not mixing.mixes:
+        entropy = nn.CrossEntropyLoss(label_smoothing=mixing.label_smoothing)
+        return lambda model, batch: entropy(model(batch.clips), batch.labels)
+    mixup = Mixup(
+        mixup_alpha=mixing.mixup,
+        cutmix_alpha=mixing.cutmix,
+        prob=mixing.probability,
+        switch_prob=mixing.switch_probability,
+        label_smoothing=mixing.label_smoothing,
+        num_classes=classes,
+    )
+    soft_entropy = SoftTargetCrossEntropy()
+
+    def objective(model: nn.Module, batch: Batch) -> Tensor:
+        clips, targets = mix(mixup, batch, config.data.clip)
+        return soft_entropy(model(clips), targets)
+
+    return objective
+
+
+def mix(mixup: Mixup, batch: Batch, clip: ClipConfig) -> tuple[Tensor, Tensor]:
+    """Mixes clips with timm's Mixup, which knows images: all frames of a clip are its channels.
+
+    Returns:
+        Normalised float clips `(B, T, H, W, C)` and soft targets `(B, classes)`.
+    """
+    mean, std = (torch.tensor(part, device=batch.clips.device) for part in (clip.mean, clip.std))
+    normalised = (batch.clips.float() / 255 - mean) / std
+    B, T, H, W, C = normalised.shape
+    images = normalised.permute(0, 1, 4, 2, 3).reshape(B, T * C, H, W)
+    mixed, targets = mixup(images, batch.labels)
+    return mixed.view(B, T, C, H, W).permute(0, 1, 3, 4, 2).contiguous(), targets
+
+
+def accuracy_on(
+    held_out: ShardSet, config: FinetuneConfig, description: ModelDescription, run: Run, model: nn.Module
+) -> dict[str, float]:
+    """Returns single-view accuracy on held-out samples, to log while training."""
+    figures = evaluate_on(
+        model,
+        held_out,
+        description.clip,
+        description.classes,
+        dataclasses.replace(config.views, temporal=1, spatial=1),
+        run.processes,
+        config.data.micro_batch,
+        config.data.workers,
+        config.validation.samples,
+    ).figures
+    return {f"validation_{name}": figures[name] for name in ("top1", "top5")}
+
+
+def evaluate_finally(
+    model: nn.Module, held_out: ShardSet, config: FinetuneConfig, description: ModelDescription, run: Run
+) -> Evaluation:
+    """Evaluates with all views and writes `evaluation.json`."""
+    evaluation = evaluate_on(
+        model,
+        held_out,
+        description.clip,
+        description.classes,
+        config.views,
+        run.processes,
+        max(config.data.micro_batch // (config.views.temporal * config.views.spatial), 1),
+        config.data.workers,
+    )
+    if run.processes.is_main:
+        write_json(run.out / "evaluation.json", evaluation.figures)
+    return evaluation
+
+
+def export_classifier(description: ModelDescription, run: Run, model: nn.Module) -> None:
+    """Writes the classifier to the run's folder; every rank calls it, since ZeRO 3 gathers the weights."""
+    weights = run.processes.accelerator.get_state_dict(model)
+    if run.processes.is_main:
+        save_classifier(run.out / "model", weights, description)
+
+
+def write_finetuning_report(
+    out: Path, summary: dict[str, Any], evaluation: Evaluation | None, classes: tuple[str, ...]
+) -> None:
+    """Writes the run's page."""
+    figures = [(name, label) for name, label in HEADLINE if name in summary]
+    write_report(
+        out / "report.html",
+        title=f"Finetuning {out.name}",
+        summary=f"{len(classes)} classes, {summary['steps']} steps.",
+        headline=[(f"{100 * summary[name]:.1f} %", label) for name, label in figures],
+        sections=[
+            Section("Curves", parts=curve_figures(read_metrics(out / "metrics.jsonl"))),
+            *(evaluation_sections(evaluation, classes) if evaluation else []),
+        ],
+        facts={"command line": f"tubelet finetune --config {out / 'config.yaml'}"},
+    )

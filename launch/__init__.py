@@ -1,0 +1,1 @@
+"""The `tubelet` command: everything a user types, and the demo."""

@@ -1,0 +1,131 @@
+"""The `tubelet` command: one subcommand for each thing a user does.
+
+`pretrain` and `finetune` are also started by `python -m pretrain` and `python -m finetune`, so that torchrun,
+accelerate, deepspeed and srun can start them. Whatever is slow to import is imported by the command that needs it.
+"""
+
+import argparse
+import importlib.metadata
+import sys
+from collections.abc import Callable
+
+USAGE = """tubelet COMMAND ...
+
+  pack SRC OUT        make shards from a folder of videos, a folder of class folders, or --list FILE
+  pretrain            train an encoder on shards, without labels
+  finetune            train a classifier on labelled shards, from an encoder or from scratch
+  evaluate            measure a classifier on labelled shards
+  predict             name the five most probable classes of video files
+  demo                all of it in a few minutes, on videos that it makes itself
+
+tubelet COMMAND --help tells the options of a command."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a subcommand; returns its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "pack": _pack,
+        "pretrain": _pretrain,
+        "finetune": _finetune,
+        "evaluate": _evaluate,
+        "predict": _predict,
+        "demo": _demo,
+    }
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(importlib.metadata.version("tubelet"))
+        return 0
+    command = commands.get(arguments[0])
+    if command is None:
+        import difflib
+
+        near = difflib.get_close_matches(arguments[0], commands, n=1)
+        remedy = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(commands)}"
+        print(f"tubelet: {arguments[0]}: there is no such command; {remedy}", file=sys.stderr)
+        return 2
+    return command(arguments[1:])
+
+
+def _pretrain(arguments: list[str]) -> int:
+    from pretrain.__main__ import main as pretrain
+
+    return pretrain(arguments)
+
+
+def _finetune(arguments: list[str]) -> int:
+    from finetune.__main__ import main as finetune
+
+    return finetune(arguments)
+
+
+def _pack(arguments: list[str]) -> int:
+    from pretrain.commandline import parse_plain, run_command
+    from pretrain.data.pack import PackConfig, pack
+    from pretrain.engine.progress import set_up_logging
+
+    set_up_logging()
+    return run_command(lambda: pack(parse_plain(PackConfig, "pack", _named(arguments, ("source", "out")))))
+
+
+def _evaluate(arguments: list[str]) -> int:
+    from pretrain.commandline import parse_plain, run_command
+    from pretrain.engine.progress import set_up_logging
+
+    def command() -> None:
+        from finetune.evaluate import EvaluateConfig, evaluate
+
+        config = parse_plain(EvaluateConfig, "evaluate", arguments)
+        figures = evaluate(config).figures
+        for name, value in figures.items():
+            print(f"{name:22s}{100 * value:6.2f} %" if isinstance(value, float) else f"{name:22s}{value:6d}")
+
+    set_up_logging()
+    return run_command(command)
+
+
+def _predict(arguments: list[str]) -> int:
+    from pretrain.commandline import run_command
+
+    parser = argparse.ArgumentParser(prog="tubelet predict", allow_abbrev=False)
+    parser.add_argument("files", nargs="+", metavar="FILE", help="video files")
+    parser.add_argument("--model", required=True, help="model folder or finetuning run")
+    parsed = parser.parse_args(arguments)
+
+    def command() -> None:
+        from finetune.predict import predict
+
+        for prediction in predict(parsed.model, parsed.files):
+            print(prediction.file)
+            for name, probability in prediction.classes:
+                print(f"  {100 * probability:5.1f} %  {name}")
+
+    return run_command(command)
+
+
+def _demo(arguments: list[str]) -> int:
+    from pretrain.commandline import parse_plain, run_command
+    from pretrain.engine.progress import set_up_logging
+
+    def command() -> None:
+        from launch.demo import DemoConfig, demo
+
+        demo(parse_plain(DemoConfig, "demo", arguments))
+
+    set_up_logging()
+    return run_command(command)
+
+
+def _named(arguments: list[str], names: tuple[str, ...]) -> list[str]:
+    """Turns leading positional arguments into named ones; jsonargparse's dataclasses know only these."""
+    count = next((place for place, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
+    positional, rest = arguments[:count], arguments[count:]
+    if len(positional) == 1 and "--list" in rest:
+        names = names[-1:]
+    return [part for name, value in zip(names, positional, strict=False) for part in (f"--{name}", value)] + rest
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,24 @@
+"""`python -m pretrain`: what `tubelet pretrain` does, for torchrun, accelerate, deepspeed and srun to start."""
+
+import sys
+
+from pretrain.commandline import parse, run_command
+from pretrain.config import PretrainConfig
+from pretrain.engine.progress import set_up_logging
+
+
+def main(arguments: list[str]) -> int:
+    """Pretrains as the arguments say; returns the exit code."""
+
+    def command() -> None:
+        config = parse(PretrainConfig, "pretrain", arguments)
+        from pretrain.pretraining import pretrain
+
+        pretrain(config)
+
+    set_up_logging()
+    return run_command(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

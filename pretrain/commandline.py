@@ -1,0 +1,147 @@
+"""From a command line to a configuration, and from an error to one line and an exit code.
+
+jsonargparse reads dataclasses, YAML recipes and overrides of any field. Added here: a recipe is found by its name, and
+an unknown field is refused together with the name that comes nearest.
+"""
+
+import dataclasses
+import difflib
+import logging
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+
+from pretrain.engine.distributed import started_as_main
+from pretrain.errors import EXIT_DONE, Refused, TubeletError
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+Config = TypeVar("Config")
+
+
+class Parser(ArgumentParser):
+    """A parser that raises `Refused` with one line instead of printing its usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+        """Raises `Refused`, with the nearest field where a field is unknown."""
+        message = " ".join(str(ex or message).split())
+        unknown = re.search(r"unrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", message)
+        if unknown:
+            name = unknown[1] or f"{self._group_in(message)}{unknown[2]}"
+            raise Refused(f"{name}: there is no such field; {self._nearest(name)}")
+        field = re.search(r'Parser key "([\w.]+)": (.*)', message)
+        if field:
+            raise Refused(f"{field[1]}: {_plain(field[2])}")
+        raise Refused(message)
+
+    def _group_in(self, message: str) -> str:
+        group = re.search(r"Group '([\w.]+)'", message)
+        return f"{group[1]}." if group else ""
+
+    def _nearest(self, name: str) -> str:
+        fields = [action.dest for action in self._actions if action.dest not in ("help", "config", "print_config")]
+        near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
+        near = near or [field for field in fields if field.split(".")[-1] == name.split(".")[-1]]
+        return f"did you mean {near[0]}?" if near else "see --help for all fields"
+
+
+def recipes_folder() -> Path:
+    """Returns the folder of recipes: inside the package in a wheel, beside it in a checkout."""
+    packaged = Path(__file__).parent / "configs"
+    return packaged if packaged.is_dir() else Path(__file__).parents[1] / "configs"
+
+
+def find_recipe(name: str, stage: str, suffix: str = ".yaml") -> Path:
+    """Returns the file of a recipe.
+
+    Args:
+        name: A file, or the name of a recipe without its suffix.
+        stage: Folder of `configs/` to look in.
+        suffix: Ending of the recipes' names.
+
+    Raises:
+        Refused: There is no such file and no such recipe.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    folder = recipes_folder() / stage
+    recipe = folder / f"{name}{suffix}"
+    if recipe.is_file():
+        return recipe
+    names = sorted(path.stem for path in folder.glob(f"*{suffix}"))
+    near = difflib.get_close_matches(name, names, n=1)
+    remedy = f"did you mean {near[0]}?" if near else f"the recipes are {', '.join(names)}"
+    raise Refused(f"{name}: is no file and no recipe of configs/{stage}; {remedy}")
+
+
+def parse(config_class: type[Config], stage: str, arguments: list[str]) -> Config:
+    """Reads a configuration from a recipe and command-line overrides.
+
+    Raises:
+        Refused: A field is unknown or ill-typed, or a recipe does not exist.
+    """
+    return parse_plain(config_class, stage, _with_recipe_files(arguments, stage))
+
+
+def parse_plain(config_class: type[Config], command: str, arguments: list[str]) -> Config:
+    """Reads a configuration from `--config FILE` and command-line overrides, without looking up recipes."""
+    parser = Parser(prog=f"tubelet {command}", allow_abbrev=False, description=config_class.__doc__)
+    parser.add_argument("--config", action=ActionConfigFile, help="a YAML file, or the name of a recipe in configs/")
+    parser.add_class_arguments(config_class)
+    values = parser.instantiate(parser.parse_args(arguments))
+    return config_class(**{field.name: values[field.name] for field in dataclasses.fields(config_class)})
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Returns a configuration as plain dictionaries and lists, as YAML and JSON hold it."""
+    return yaml.safe_load(to_yaml(config))
+
+
+def to_yaml(config: Any) -> str:
+    """Returns a configuration as YAML that `--config` reads back."""
+    return yaml.safe_dump(_plain_value(dataclasses.asdict(config)), sort_keys=False)
+
+
+def run_command(command: Callable[[], Any]) -> int:
+    """Runs a command and returns its exit code; an expected error becomes one line, printed by rank 0."""
+    try:
+        command()
+    except TubeletError as error:
+        logging.getLogger(__name__).debug("traceback", exc_info=error)
+        if started_as_main():
+            print(f"tubelet: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        if started_as_main():
+            print("tubelet: interrupted; start the same command again to go on", file=sys.stderr)
+        return 130
+    return EXIT_DONE
+
+
+def _with_recipe_files(arguments: list[str], stage: str) -> list[str]:
+    result = list(arguments)
+    for position, argument in enumerate(result):
+        if argument == "--config" and position + 1 < len(result):
+            result[position + 1] = str(find_recipe(result[position + 1], stage))
+        elif argument.startswith("--config="):
+            result[position] = f"--config={find_recipe(argument.removeprefix('--config='), stage)}"
+    return result
+
+
+def _plain(text: str) -> str:
+    """Rewrites Python's names of types as a person would say them."""
+    text = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", text)
+    return re.sub(r"<class '(\w+)'>", r"\1", text).replace("Expected a ", "expected ").replace("Got value:", "got")
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain_value(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain_value(one) for one in value]
+    return value

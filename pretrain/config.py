@@ -1,0 +1,132 @@
+"""The configuration of a pretraining run: the parts' own dataclasses put together, and what must hold between them."""
+
+import dataclasses
+from typing import Literal
+
+from pretrain.data.loader import DataConfig
+from pretrain.data.order import nearest_divisor, nearest_multiple
+from pretrain.engine.checkpoint import CheckpointConfig
+from pretrain.engine.distributed import Precision
+from pretrain.engine.optimizer import OptimizerConfig
+from pretrain.engine.tracking import TrackingMode
+from pretrain.errors import Refused
+from pretrain.model.encoder import EncoderConfig
+from pretrain.model.mae import DecoderConfig
+from pretrain.model.masking import MaskConfig
+from pretrain.model.tubelets import Grid, grid_of
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationConfig:
+    """The reconstruction loss on held-out samples."""
+
+    shards: str | None = None
+    """Folder of held-out shards; None validates nothing."""
+    every: int = 1000
+    """Steps between validations."""
+    samples: int = 1024
+    """Held-out samples that are used, at most."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """What pretraining and finetuning share."""
+
+    out: str = "runs/pretrain"
+    """Folder of the run."""
+    seed: int = 0
+    """Seed of the order, of every draw for a sample, and of the weights."""
+    steps: int | None = None
+    """Length of the run in optimiser steps; this or epochs."""
+    epochs: float | None = None
+    """Length of the run in passes over the set; this or steps."""
+    resume: str = "auto"
+    """auto goes on from the newest checkpoint, never starts afresh, a folder names a checkpoint."""
+    precision: Precision = "bf16"
+    """Arithmetic of the forward and backward pass; fp16 needs a GPU."""
+    deepspeed: str | None = None
+    """DeepSpeed configuration: a name in configs/deepspeed, or a file; None is plain data parallelism."""
+    tracking: TrackingMode = "auto"
+    """W&B: auto when there is a key, wandb always (offline without network), none never."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    """Samples and clips."""
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    """AdamW and the learning rate."""
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+
+    def validate_run(self) -> None:
+        """Raises `Refused` for whatever is wrong with the shared fields."""
+        if not self.data.shards:
+            raise Refused("data.shards: is missing; give a folder that `tubelet pack` wrote")
+        if (self.steps is None) == (self.epochs is None):
+            raise Refused("steps, epochs: give exactly one of them")
+        if (self.steps or self.epochs) <= 0:
+            raise Refused("steps, epochs: must be greater than 0")
+        if self.log_every < 1:
+            raise Refused("log_every: must be at least 1")
+        self.data.validate()
+        self.data.clip.validate()
+        self.optimizer.validate()
+        self.checkpoint.validate()
+
+    def accumulation(self, world: int) -> int:
+        """Returns the micro-batches in a step; raises `Refused` where they do not come out even."""
+        data = self.data
+        if data.global_batch % world:
+            raise Refused(
+                f"data.global_batch: {data.global_batch} samples do not divide among {world} processes; use "
+                f"{nearest_multiple(data.global_batch, world)}"
+            )
+        if data.global_batch % (world * data.micro_batch):
+            raise Refused(
+                f"data.micro_batch: {world} processes x {data.micro_batch} samples do not divide data.global_batch "
+                f"{data.global_batch}; use {nearest_divisor(data.global_batch // world, data.micro_batch)}"
+            )
+        return data.global_batch // (world * data.micro_batch)
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Returns the length of the run in steps; raises `Refused` if the warm-up does not fit in."""
+        total = self.steps if self.steps is not None else max(round(self.epochs * steps_per_epoch), 1)
+        warmup = self.optimizer.warmup(steps_per_epoch)
+        if warmup >= total:
+            raise Refused(
+                f"optimizer.warmup_epochs: the warm-up takes {warmup} steps of a run of {total}; shorten it or "
+                f"lengthen the run"
+            )
+        return total
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig(RunConfig):
+    """A pretraining run."""
+
+    init: str | None = None
+    """Encoder folder or run to take the first weights from, without the optimiser."""
+    encoder: EncoderConfig = dataclasses.field(default_factory=EncoderConfig)
+    """The encoder, which is kept."""
+    decoder: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
+    """The decoder, which is thrown away."""
+    mask: MaskConfig = dataclasses.field(default_factory=MaskConfig)
+    """What the encoder does not see."""
+    validation: ValidationConfig = dataclasses.field(default_factory=ValidationConfig)
+    """Loss on held-out samples."""
+
+    @property
+    def grid(self) -> Grid:
+        """The token grid of a clip."""
+        return grid_of(self.data.clip.frames, self.data.clip.size, self.encoder.tubelet)
+
+    def validate(self) -> None:
+        """Raises `Refused` for whatever is wrong, before anything is allocated."""
+        self.validate_run()
+        self.encoder.validate(self.data.clip.frames, self.data.clip.size)
+        self.decoder.validate()
+        self.mask.validate(self.encoder.name, self.grid)
+        if self.validation.every < 1 or self.validation.samples < 1:
+            raise Refused("validation.every, validation.samples: must be at least 1")
+
+
+Stage = Literal["pretrain", "finetune"]

@@ -1,0 +1,312 @@
+"""Batches of clips from shards: worker processes without any state of their own.
+
+A worker is told what to read (a `Request`, which the order decided) and everything random about it follows from keys;
+so workers may be added, removed or killed without changing a single clip. Workers start by forkserver: decoders must
+not be inherited across a fork.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from pretrain.data.clips import ClipConfig, cut, frame_indices, is_mirrored, training_box, view_box
+from pretrain.data.order import Order
+from pretrain.data.randomness import raw_words, sample_key, uniform
+from pretrain.data.shards import Sample, ShardSet
+from pretrain.data.video import open_video
+from pretrain.errors import BadSample, Refused, TubeletError
+
+MaskFunction = Callable[[int, int], tuple[np.ndarray, np.ndarray]]
+"""From the keys of `mask` and `decoder_mask` to the visible and the masked token numbers of one clip."""
+
+SUBSTITUTES = 10  # bad samples in a row before the run gives up
+PREFETCHED_BATCHES = 4  # for each worker
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where the samples are and how they are read."""
+
+    shards: str | None = None
+    """Folder of shards, written by `tubelet pack`."""
+    clip: ClipConfig = dataclasses.field(default_factory=ClipConfig)
+    """How a clip is cut from a sample."""
+    repeats: int = 1
+    """Clips cut from each sample, with shared frames and other crops and masks (repeated augmentation)."""
+    global_batch: int = 256
+    """Samples in one optimiser step over all processes."""
+    micro_batch: int = 8
+    """Samples that one process sends through the model at once; the rest is accumulated."""
+    lanes: int = 8
+    """Parts of the set that are read side by side; divides global_batch. A multiple of the nodes keeps caches warm."""
+    shards_per_window: int = 8
+    """Pieces of shards that are shuffled together."""
+    workers: int = 4
+    """Loader processes for each training process; 0 decodes in the training process."""
+    max_bad_share: float = 0.01
+    """Stop the run when more than this share of the samples cannot be decoded."""
+
+    def validate(self) -> None:
+        """Raises `Refused` for numbers that cannot be; the order checks what must divide."""
+        for name in ("repeats", "global_batch", "micro_batch", "lanes", "shards_per_window"):
+            if getattr(self, name) < 1:
+                raise Refused(f"data.{name}: {getattr(self, name)} must be at least 1")
+        if self.workers < 0:
+            raise Refused(f"data.workers: {self.workers} must not be negative")
+        if not 0 <= self.max_bad_share <= 1:
+            raise Refused(f"data.max_bad_share: {self.max_bad_share} must lie between 0 and 1")
+
+
+class Request(NamedTuple):
+    """One sample to read: its number, and the (epoch, position) that all its random draws follow from."""
+
+    sample: int
+    epoch: int
+    position: int
+
+
+class Batch(NamedTuple):
+    """A micro-batch of B samples with R clips each; clips of one sample stand together.
+
+    Attributes:
+        clips: `(B * R, T, H, W, C)` uint8.
+        labels: `(B * R,)` class numbers, -1 where a sample has none.
+        visible: `(B * R, Nv)` token numbers, or `(B * R, 0)` without masks.
+        masked: `(B * R, Nm)` token numbers, or `(B * R, 0)` without masks.
+        keys: The samples' keys, B of them.
+        padded: Samples too short for their time window.
+        skipped: Reports of samples that were passed over: key, reason, epoch, position.
+    """
+
+    clips: torch.Tensor
+    labels: torch.Tensor
+    visible: torch.Tensor
+    masked: torch.Tensor
+    keys: list[str]
+    padded: int
+    skipped: list[dict]
+
+
+class _Loaded(NamedTuple):
+    clips: torch.Tensor
+    label: int
+    visible: np.ndarray
+    masked: np.ndarray
+    key: str
+    padded: bool
+    skipped: list[dict]
+
+
+class TrainingClips(Dataset):
+    """Cuts the clips of one request; a pure function of the request.
+
+    Args:
+        shards: The samples.
+        config: Clips and repeats.
+        seed: The run's seed.
+        draw_mask: Draws the mask of a clip from its keys; None where the model takes all tokens.
+    """
+
+    def __init__(self, shards: ShardSet, config: DataConfig, seed: int, draw_mask: MaskFunction | None = None) -> None:
+        """Keeps the arguments; opens nothing."""
+        self.shards = shards
+        self.config = config
+        self.seed = seed
+        self.draw_mask = draw_mask
+
+    def __getitem__(self, request: Request) -> _Loaded:
+        """Returns the R clips of a request, from a substitute where its sample is bad."""
+        skipped: list[dict] = []
+        for sample in self._candidates(request):
+            try:
+                return self._load(sample, request, skipped)
+            except BadSample as error:
+                skipped.append(
+                    {"key": self.shards.key(sample), "reason": str(error)}
+                    | {"epoch": request.epoch, "position": request.position}
+                )
+        raise TubeletError(
+            f"{self.shards.folder}: {len(skipped)} samples in a row cannot be decoded, the last being "
+            f"{skipped[-1]['key']} ({skipped[-1]['reason']}); pack the videos anew"
+        )
+
+    def _candidates(self, request: Request) -> Iterator[int]:
+        yield request.sample
+        key = sample_key(self.seed, 0, request.epoch, request.position, 0, "substitute")
+        yield from (raw_words(key, SUBSTITUTES) % np.uint64(self.shards.samples)).tolist()
+
+    def _load(self, number: int, request: Request, skipped: list[dict]) -> _Loaded:
+        def key(repeat: int, purpose: str) -> int:
+            return sample_key(self.seed, 0, request.epoch, request.position, repeat, purpose)
+
+        clip = self.config.clip
+        sample = self.shards.read(number)
+        reader = open_video(sample.video)
+        indices, padded = frame_indices(clip, len(reader), sample.frame_rate, uniform(key(0, "time"))[0])
+        frames = torch.from_numpy(reader.read(indices))
+        clips, visible, masked = [], [], []
+        for repeat in range(self.config.repeats):
+            box = training_box(clip, *frames.shape[1:3], key(repeat, "crop"))
+            clips.append(cut(frames, box, clip.size, is_mirrored(clip, key(repeat, "flip"))))
+            if self.draw_mask:
+                mask = self.draw_mask(key(repeat, "mask"), key(repeat, "decoder_mask"))
+                visible.append(mask[0])
+                masked.append(mask[1])
+        label = -1 if sample.label is None else sample.label
+        none = np.empty((self.config.repeats, 0), dtype=np.int64)
+        return _Loaded(
+            torch.stack(clips),
+            label,
+            np.stack(visible) if visible else none,
+            np.stack(masked) if masked else none,
+            sample.key,
+            padded,
+            skipped,
+        )
+
+
+def collate(loaded: list[_Loaded]) -> Batch:
+    """Puts loaded samples together, all clips of a sample side by side."""
+    repeats = len(loaded[0].clips)
+    return Batch(
+        clips=torch.cat([one.clips for one in loaded]),
+        labels=torch.tensor([one.label for one in loaded]).repeat_interleave(repeats),
+        visible=torch.from_numpy(np.concatenate([one.visible for one in loaded])),
+        masked=torch.from_numpy(np.concatenate([one.masked for one in loaded])),
+        keys=[one.key for one in loaded],
+        padded=sum(one.padded for one in loaded),
+        skipped=[report for one in loaded for report in one.skipped],
+    )
+
+
+class MicroBatches:
+    """The requests of one rank, micro-batch by micro-batch, from one step of the run to another."""
+
+    def __init__(self, order: Order, steps: range, micro_batch: int, world: int, rank: int) -> None:
+        """Keeps the arguments; `world * micro_batch` must divide the order's global batch."""
+        self.order = order
+        self.steps = steps
+        self.micro_batch = micro_batch
+        self.world = world
+        self.rank = rank
+
+    def __len__(self) -> int:
+        """Micro-batches that this rank reads."""
+        return len(self.steps) * (self.order.global_batch // (self.world * self.micro_batch))
+
+    def __iter__(self) -> Iterator[list[Request]]:
+        """Yields the requests of one micro-batch after the other."""
+        for step in self.steps:
+            part = self.order.step(step, self.world, self.rank)
+            requests = [
+                Request(int(sample), part.epoch, int(position))
+                for sample, position in zip(part.samples, part.positions, strict=True)
+            ]
+            for start in range(0, len(requests), self.micro_batch):
+                yield requests[start : start + self.micro_batch]
+
+
+def training_batches(clips: TrainingClips, requests: MicroBatches, pin_memory: bool = False) -> Iterable[Batch]:
+    """Returns an iterable of the rank's micro-batches, decoded ahead by worker processes."""
+    return _loader(clips, requests, clips.config.workers, collate, pin_memory)
+
+
+class Views(NamedTuple):
+    """The views of one evaluation sample.
+
+    Attributes:
+        sample: The sample number.
+        clips: `(views, T, H, W, C)` uint8; zeros where the sample cannot be decoded.
+        label: Its class number, -1 where it has none.
+        key: Its key.
+        error: Why it cannot be decoded, or None.
+        counted: False for a filler that only keeps ranks in step.
+    """
+
+    sample: int
+    clips: torch.Tensor
+    label: int
+    key: str
+    error: str | None
+    counted: bool
+
+
+class EvaluationViews(Dataset):
+    """Cuts the views of each sample: `temporal` time windows times `spatial` crops, decoded once.
+
+    Args:
+        shards: The samples.
+        config: The clip; its crop and flip are not used.
+        temporal: Time windows spread evenly over a sample; one is the middle.
+        spatial: Square crops spread evenly along the longer side; one is the centre.
+    """
+
+    def __init__(self, shards: ShardSet, config: ClipConfig, temporal: int = 1, spatial: int = 1) -> None:
+        """Keeps the arguments; opens nothing."""
+        self.shards = shards
+        self.config = config
+        self.temporal = temporal
+        self.spatial = spatial
+
+    def __getitem__(self, item: tuple[int, bool]) -> Views:
+        """Returns the views of sample number `item[0]`; `item[1]` tells whether it counts."""
+        number, counted = item
+        shard, place = self.shards.locate(number)
+        index = self.shards.shard_index(shard)
+        key, label = index.keys[place], -1 if index.labels is None else index.labels[place]
+        try:
+            return Views(number, self.views(self.shards.read(number)), label, key, None, counted)
+        except BadSample as error:
+            shape = (self.temporal * self.spatial, self.config.frames, self.config.size, self.config.size, 3)
+            return Views(number, torch.zeros(shape, dtype=torch.uint8), label, key, str(error), counted)
+
+    def views(self, sample: Sample) -> torch.Tensor:
+        """Returns `(temporal * spatial, T, H, W, 3)` uint8; raises `BadSample` if the video cannot be decoded."""
+        reader = open_video(sample.video)
+        moments = [0.5] if self.temporal == 1 else np.linspace(0, 1, self.temporal)
+        windows = [frame_indices(self.config, len(reader), sample.frame_rate, moment)[0] for moment in moments]
+        needed = np.unique(np.concatenate(windows))
+        frames = torch.from_numpy(reader.read(needed))
+        boxes = [view_box(*frames.shape[1:3], view, self.spatial) for view in range(self.spatial)]
+        return torch.stack(
+            [cut(frames[np.searchsorted(needed, window)], box, self.config.size) for window in windows for box in boxes]
+        )
+
+
+def evaluation_batches(
+    views: EvaluationViews, numbers: np.ndarray, counted: np.ndarray, samples_per_batch: int, workers: int
+) -> Iterable[list[Views]]:
+    """Returns an iterable of lists of views, each sample once, in the order of `numbers`."""
+    items = list(zip(numbers.tolist(), counted.tolist(), strict=True))
+    batches = [items[start : start + samples_per_batch] for start in range(0, len(items), samples_per_batch)]
+    return _loader(views, batches, workers, list, pin_memory=False)
+
+
+def _loader(
+    dataset: Dataset, requests: Iterable, workers: int, collate_fn: Callable, pin_memory: bool
+) -> Iterator[Any]:
+    parallel = {"multiprocessing_context": "forkserver", "prefetch_factor": PREFETCHED_BATCHES} if workers else {}
+    loader = DataLoader(
+        dataset,
+        batch_sampler=requests,
+        num_workers=workers,
+        collate_fn=collate_fn,
+        worker_init_fn=_start_worker,
+        pin_memory=pin_memory,
+        **parallel,
+    )
+    try:
+        yield from loader
+    except TubeletError as error:
+        if not workers:
+            raise
+        # A worker's error arrives with its traceback in the message; the last line is what the worker said.
+        raise type(error)(str(error).strip().splitlines()[-1].split(": ", 1)[-1]) from None
+
+
+def _start_worker(worker: int) -> None:
+    torch.set_num_threads(1)

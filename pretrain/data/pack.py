@@ -1,0 +1,168 @@
+"""`tubelet pack`: from a folder of videos to a shard set, in many processes, and on from where it was cut off.
+
+Everything that decides the bytes of a shard is decided before the first video is opened: which videos (`sources.py`),
+in which order (`plan`), and which of them each shard may take. So neither the number of processes nor an interruption
+changes a shard, and a shard that is finished is never touched again. What a folder holds while it is being packed is
+in README.md.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from pretrain.data.pack_folder import PackFolder, Rejection, ShardRecord
+from pretrain.data.pack_plan import PackPlan, PlannedShard, make_plan
+from pretrain.data.pack_report import PackProgress, PackSummary, show_summary
+from pretrain.data.pack_worker import STALL_S, VideoTask, transcode_task
+from pretrain.data.pool import Died, WorkerPool
+from pretrain.data.shard_writer import PackedSample, write_shard
+from pretrain.data.sources import find_sources, key_of
+from pretrain.data.transcode import RATE_RANGE, Transcoded
+from pretrain.errors import Refused, TubeletError
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclasses.dataclass(frozen=True)
+class PackConfig:
+    """What to pack, from where to where."""
+
+    out: str
+    """Folder to write the shards to; an interrupted pack goes on there."""
+    source: str | None = None
+    """Folder of videos, or of class folders; with `list`, the folder that its paths are relative to."""
+    list: str | None = None
+    """File of `path label` lines to pack instead of all that the folder holds."""
+    classes: str | None = None
+    """Class names in the order of their numbers: a file with one a line, or names with commas between."""
+    unlabelled: bool = False
+    """Pack without labels, even from class folders."""
+    fps: float | None = None
+    """Frames per second of the stored videos; by default each video keeps its own rate."""
+    gop: int = 16
+    """Frames from keyframe to keyframe; fewer seek faster and store larger."""
+    short_side: int = 256
+    """Largest short side in pixels; smaller videos keep their size."""
+    samples_per_shard: int = 256
+    """Videos in a shard, before any are rejected."""
+    seed: int = 0
+    """Chooses the order of the videos, which mixes classes within shards."""
+    jobs: int = 0
+    """Processes that transcode; 0 is one per core."""
+
+    def validate(self) -> None:
+        """Checks each field by itself, before anything is read or written.
+
+        Raises:
+            Refused: A field is out of its range.
+        """
+        if self.short_side < 16 or self.short_side % 2:
+            raise Refused(f"short_side: {self.short_side} does not do; use an even number of pixels, 16 or more")
+        low, high = RATE_RANGE
+        if self.fps is not None and not low <= self.fps <= high:
+            raise Refused(f"fps: {self.fps} does not do; use {float(low):g} to {float(high):g} frames per second")
+        for name, least in (("gop", 1), ("samples_per_shard", 1), ("jobs", 0), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise Refused(f"{name}: {getattr(self, name)} does not do; use {least} or more")
+        if self.source is not None and Path(self.source).resolve() == Path(self.out).resolve():
+            raise Refused(f"out: {self.out} is the folder of the videos; name another folder for the shards")
+
+
+def pack(config: PackConfig) -> PackSummary:
+    """Packs videos into a shard set, or goes on with a pack that was interrupted.
+
+    Shows progress and a closing table on standard error.
+
+    Raises:
+        Refused: Bad options or input; a folder that holds something else; no video that can be decoded.
+        TubeletError: The disk is full, or Ctrl-C: finished shards remain, and the same call goes on after them.
+    """
+    config.validate()
+    sources = find_sources(config.source, config.list, config.classes, config.unlabelled)
+    plan = make_plan(
+        sources,
+        short_side=config.short_side,
+        gop=config.gop,
+        frame_rate=config.fps,
+        samples_per_shard=config.samples_per_shard,
+        seed=config.seed,
+    )
+    folder = PackFolder(Path(config.out))
+    finished_before = folder.check(plan)
+    if not finished_before:
+        with _telling_how_to_go_on(folder, plan), folder.locked(plan):
+            _pack_shards(folder, plan, config.jobs or len(os.sched_getaffinity(0)))
+            folder.finish(plan)
+    shards, rejected = folder.result()
+    summary = PackSummary(
+        folder=folder.path,
+        accepted=shards.samples,
+        rejected=rejected,
+        shards=len(shards.shards),
+        size_bytes=sum(shard.bytes for shard in shards.shards),
+        classes=len(shards.classes),
+        ignored=sources.ignored,
+        finished_before=finished_before,
+    )
+    show_summary(summary)
+    return summary
+
+
+def _pack_shards(folder: PackFolder, plan: PackPlan, jobs: int) -> None:
+    """Writes the shards of the plan that are not finished, each from its own stretch of the stream of results."""
+    todo, done = [], []
+    for planned in plan.shards:
+        record = folder.record(planned)
+        todo += [planned] if record is None else []
+        done += [record] if record is not None else []
+    settings = plan.settings
+    tasks = (
+        VideoTask(plan.sources.root / video.path, settings["short_side"], settings["gop"], settings["fps"])
+        for planned in todo
+        for video in planned.videos
+    )
+    videos = plan.settings["videos"]
+    with PackProgress(videos) as progress, WorkerPool(transcode_task, jobs) as pool:
+        if done:
+            left = sum(len(planned.videos) for planned in todo)
+            progress.resume(videos - left, sum(len(record.rejected) for record in done))
+        results = pool.map(tasks)
+        for planned in todo:
+            rejected: list[Rejection] = []
+            entry = write_shard(folder.path / planned.name, _accepted(planned, results, rejected, progress))
+            folder.commit(planned, ShardRecord(entry, tuple(rejected)))
+
+
+def _accepted(
+    planned: PlannedShard,
+    results: Iterator[Transcoded | str | Died],
+    rejected: list[Rejection],
+    progress: PackProgress,
+) -> Iterator[PackedSample]:
+    """Takes one result for each video of a shard; yields those that can go in, and puts the others on the list."""
+    for video, result in zip(planned.videos, results, strict=False):
+        if isinstance(result, Died):
+            result = f"crashes its decoder, or makes no progress for {STALL_S} s"
+        if isinstance(result, Transcoded):
+            yield PackedSample(key_of(video.path), video.path, video.label, result)
+        else:
+            rejected.append(Rejection(video.path, result))
+        progress.advance(rejected=isinstance(result, str))
+
+
+@contextlib.contextmanager
+def _telling_how_to_go_on(folder: PackFolder, plan: PackPlan) -> Iterator[None]:
+    try:
+        yield
+    except (KeyboardInterrupt, OSError) as error:
+        if isinstance(error, KeyboardInterrupt):
+            cause = "interrupted"
+        elif error.errno in DISK_FULL:
+            cause = f"no room left on the disk ({error.strerror}); make room"
+        else:
+            raise
+        kept = f"{folder.finished_shards()} of {len(plan.shards)} shards are finished and stay"
+        raise TubeletError(f"{folder.path}: {cause}; {kept}; run the same command again to go on") from error

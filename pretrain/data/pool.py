@@ -1,0 +1,127 @@
+"""Worker processes that yield results in the order of the tasks and outlive a task that kills its worker.
+
+`concurrent.futures` gives up on every task in flight when one worker dies (a crash inside FFmpeg, the out-of-memory
+killer). Here each of those is tried once more in a process of its own, so that only the one that dies again is lost.
+"""
+
+import contextlib
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from typing import Generic, TypeVar
+
+AHEAD = 4
+"""Tasks in flight or finished but not yet taken, per worker; bounds the memory that results hold."""
+CHECK_EVERY_S = 0.2
+"""How long Ctrl-C may go unnoticed, in seconds."""
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+class Died:
+    """Stands in for the result of a task that killed its worker twice."""
+
+
+class WorkerPool(Generic[Task, Result]):
+    """Runs a function over tasks in worker processes; use it as a context manager.
+
+    The workers come from a fork server, so they inherit neither threads nor locks of this process. They end with it,
+    whatever ends it. Ctrl-C takes effect between results, never inside the machinery that it could leave locked.
+    """
+
+    def __init__(self, function: Callable[[Task], Result], workers: int) -> None:
+        """Takes a function that can be pickled, and how many processes run it."""
+        self.function, self.workers = function, workers
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["__main__", function.__module__])
+        self.interrupted = False
+
+    def __enter__(self) -> "WorkerPool[Task, Result]":
+        """Takes over Ctrl-C, if this is the main thread, and makes the workers ready to start."""
+        self.lifeline, self.workers_end = self.context.Pipe(duplex=False)
+        self.executor = self._executor(self.workers)
+        self.in_main_thread = threading.current_thread() is threading.main_thread()
+        if self.in_main_thread:
+            self.handler_before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the fork server inherits this
+            forkserver.ensure_running()
+            signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        """Ends the workers, at once if something failed, and gives Ctrl-C back."""
+        if failure is not None:
+            self.workers_end.close()
+        self.executor.shutdown(cancel_futures=True)
+        self.workers_end.close()
+        self.lifeline.close()
+        if self.in_main_thread:
+            signal.signal(signal.SIGINT, self.handler_before)
+
+    def map(self, tasks: Iterable[Task]) -> Iterator[Result | Died]:
+        """Yields the result of each task, in the order of the tasks.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C was pressed.
+        """
+        tasks = iter(tasks)
+        waiting: deque[tuple[Task, Future[Result]]] = deque()
+        while True:
+            for task in itertools.islice(tasks, AHEAD * self.workers - len(waiting)):
+                waiting.append((task, self._submit(task)))
+            if not waiting:
+                return
+            task, future = waiting.popleft()
+            try:
+                result: Result | Died = self._result(future)
+            except BrokenProcessPool:
+                result = self._alone(task)
+            yield result
+
+    def _result(self, future: "Future[Result]") -> Result:
+        while not self.interrupted:
+            if wait([future], timeout=CHECK_EVERY_S).done:
+                return future.result()
+        raise KeyboardInterrupt
+
+    def _submit(self, task: Task) -> "Future[Result]":
+        with contextlib.suppress(BrokenProcessPool):
+            return self.executor.submit(self.function, task)
+        self.executor = self._executor(self.workers)
+        return self.executor.submit(self.function, task)
+
+    def _alone(self, task: Task) -> Result | Died:
+        executor = self._executor(1)
+        try:
+            return self._result(executor.submit(self.function, task))
+        except BrokenProcessPool:
+            return Died()
+        finally:
+            executor.shutdown(wait=False)
+
+    def _executor(self, workers: int) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(
+            workers, mp_context=self.context, initializer=_start_worker, initargs=(self.lifeline,)
+        )
+
+    def _interrupt(self, *_: object) -> None:
+        self.interrupted = True
+
+
+def _start_worker(lifeline: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    threading.Thread(target=_end_with_parent, args=(lifeline,), daemon=True).start()
+
+
+def _end_with_parent(lifeline: Connection) -> None:
+    with contextlib.suppress(EOFError, OSError):
+        lifeline.recv()  # nothing is ever sent: it returns when the parent closes its end or is gone
+    os._exit(1)

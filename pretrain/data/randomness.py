@@ -1,0 +1,45 @@
+"""Random numbers that depend on nothing but their key.
+
+Every draw for a sample is a pure function of (seed, set, epoch, position, repeat, purpose), so that it is the same on
+any rank, in any worker, and after any restart. Numbers are raw words of Philox (Salmon et al., 2011, "Parallel random
+numbers: as easy as 1, 2, 3"): numpy guarantees the words of a bit generator for ever, but not the methods of
+`numpy.random.Generator`.
+"""
+
+import hashlib
+from typing import Literal
+
+import numpy as np
+
+Purpose = Literal["time", "crop", "flip", "augment", "mask", "decoder_mask", "substitute", "shards", "lane", "window"]
+
+
+def key_for(*parts: int | str) -> int:
+    """Returns a 128-bit Philox key for a tuple of integers and strings, alike on every machine."""
+    content = "\x1f".join(f"str:{part}" if isinstance(part, str) else f"int:{int(part)}" for part in parts)
+    return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=16).digest(), "little")
+
+
+def sample_key(seed: int, set_number: int, epoch: int, position: int, repeat: int, purpose: Purpose) -> int:
+    """Returns the key of one purpose of one clip; repeats that share frames pass `repeat=0` for `time`."""
+    return key_for(seed, set_number, epoch, position, repeat, purpose)
+
+
+def raw_words(key: int, count: int) -> np.ndarray:
+    """Returns `count` unsigned 64-bit words of the Philox stream of `key`."""
+    return np.random.Philox(key=key).random_raw(count)
+
+
+def uniform(key: int, count: int = 1) -> np.ndarray:
+    """Returns `count` doubles in [0, 1), with 53 random bits each."""
+    return (raw_words(key, count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def permutation(key: int, count: int) -> np.ndarray:
+    """Returns a random order of 0 .. count - 1: the positions that sort `count` raw words."""
+    return np.argsort(raw_words(key, count), kind="stable")
+
+
+def torch_seed(key: int) -> int:
+    """Returns the part of a key that fits `torch.Generator.manual_seed` and `random.seed`."""
+    return key % 2**63

@@ -1,0 +1,279 @@
+"""The reader of a shard set: WebDataset tars, the index beside them, and samples by number in one read each.
+
+A shard set is a folder of plain WebDataset tars with `index.json` (the set) and one `SHARD.idx` per tar (where each
+sample lies); README.md beside this file shows both. Nothing here parses a tar, shuffles or decodes: the order of
+samples is decided in `order.py`, a video is decoded in `video.py`, and shards are written by `pack.py`.
+"""
+
+import bisect
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import threading
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from pretrain.data.shard_index import FORMAT_VERSION, INDEX_NAME, ShardEntry, ShardIndex
+from pretrain.errors import BadSample, Refused, TubeletError
+
+MAX_OPEN_FILES = 64
+MAX_LOADED_INDEXES = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One stored video as it lies in a shard, undecoded.
+
+    Attributes:
+        key: Its name in the shard, unique in the set.
+        video: The bytes of the mp4 file.
+        label: The number of its class, None in an unlabelled set.
+        frames: How many frames the video holds.
+        frame_rate: Frames per second of the stored video.
+        metadata: The JSON member: "source" (the path it was packed from), frames, frame_rate, height, width, duration.
+    """
+
+    key: str
+    video: bytes
+    label: int | None
+    frames: int
+    frame_rate: float
+    metadata: dict[str, Any]
+
+
+class ShardSet:
+    """An opened shard set, whose samples are numbered through its shards in the order of `index.json`.
+
+    It may be pickled (open files stay behind), shared between threads and used after a fork.
+
+    Attributes:
+        folder: Where the shards are.
+        classes: The names of the classes; empty if the set is unlabelled.
+        frame_rate: Frames per second of every video, None if each kept its own.
+        short_side: The largest short side, in pixels, of any stored video.
+        resampled: Whether packing set the frame rate (`--fps`).
+        shards: The entry of each shard.
+        samples_per_shard: How many samples each shard holds.
+        samples: How many samples the set holds.
+        fingerprint: SHA-256 of `index.json`, which holds the hashes of all else.
+    """
+
+    def __init__(self, folder: Path, content: dict[str, Any], fingerprint: str) -> None:
+        """Takes the parsed `index.json`; use `ShardSet.open`, which checks it."""
+        self.folder = folder
+        self.classes: tuple[str, ...] = tuple(content["classes"])
+        self.frame_rate: float | None = content["frame_rate"]
+        self.short_side: int = content["short_side"]
+        self.resampled: bool = content["resampled"]
+        self.shards = tuple(ShardEntry(**entry) for entry in content["shards"])
+        self.samples_per_shard = tuple(shard.samples for shard in self.shards)
+        self.samples = sum(self.samples_per_shard)
+        self.fingerprint = fingerprint
+        self._ends = list(itertools.accumulate(self.samples_per_shard))
+        self._start_empty()
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "ShardSet":
+        """Opens a folder of shards and checks that all that its index names is there.
+
+        Names and sizes are checked here and the hash of a `.idx` when it is first read; the hashes of the shards
+        themselves, which take a full read, are not.
+
+        Raises:
+            Refused: The folder or its index is missing, not readable, of a newer format, or does not match its files.
+        """
+        folder = Path(folder)
+        path = folder / INDEX_NAME
+        content_bytes = _read_index_file(path)
+        try:
+            content = json.loads(content_bytes)
+            version = content["format_version"]
+            if version > FORMAT_VERSION:
+                raise Refused(
+                    f"{path}: format version {version} is newer than {FORMAT_VERSION}, the newest that this Tubelet "
+                    "reads; upgrade Tubelet or pack the videos again"
+                )
+            opened = cls(folder, content, hashlib.sha256(content_bytes).hexdigest())
+        except (ValueError, KeyError, TypeError) as error:
+            raise Refused(
+                f"{path}: not a shard index ({error!r}); pack the videos again with `tubelet pack`"
+            ) from error
+        for shard in opened.shards:
+            _check_files(folder, shard)
+        return opened
+
+    @property
+    def labelled(self) -> bool:
+        """Whether every sample has a label."""
+        return bool(self.classes)
+
+    def __len__(self) -> int:
+        """The number of samples."""
+        return self.samples
+
+    def locate(self, number: int) -> tuple[int, int]:
+        """Returns the shard of a sample and the sample's place in it, both counted from zero.
+
+        Raises:
+            IndexError: There is no sample of that number.
+        """
+        if not 0 <= number < self.samples:
+            raise IndexError(f"sample {number} of {self.samples} in {self.folder}")
+        shard = bisect.bisect_right(self._ends, number)
+        return shard, number - (self._ends[shard] - self.samples_per_shard[shard])
+
+    def key(self, number: int) -> str:
+        """Returns the key of a sample."""
+        shard, place = self.locate(number)
+        return self.shard_index(shard).keys[place]
+
+    def labels(self) -> list[int]:
+        """Returns the label of every sample, in order of sample number; reads the `.idx` files, never a shard.
+
+        Raises:
+            Refused: The set is unlabelled.
+        """
+        if not self.labelled:
+            raise Refused(
+                f"{self.folder}: these shards have no labels; pack them from a folder of class folders or with --list"
+            )
+        return [label for shard in range(len(self.shards)) for label in self._load_index(shard).labels or ()]
+
+    def read(self, number: int) -> Sample:
+        """Reads a sample with one ranged read.
+
+        Raises:
+            BadSample: The bytes are not those that were packed.
+            TubeletError: The shard has become shorter than its index says.
+            Refused: The shard's index is missing or was changed.
+            OSError: The disk or the network failed; worth another try.
+        """
+        shard, place = self.locate(number)
+        index = self.shard_index(shard)
+        start = index.metadata_offsets[place]
+        video_start = index.video_offsets[place] - start
+        length = video_start + index.video_sizes[place]
+        stretch = self._read_stretch(shard, start, length)
+        key = index.keys[place]
+        if zlib.crc32(stretch) != index.checksums[place]:
+            path = self.folder / self.shards[shard].name
+            raise BadSample(f"{path}: sample {key} is damaged (its checksum differs); restore the shard from a copy")
+        return Sample(
+            key=key,
+            video=stretch[video_start:],
+            label=index.labels[place] if index.labels is not None else None,
+            frames=index.frames[place],
+            frame_rate=index.frame_rates[place],
+            metadata=json.loads(stretch[: index.metadata_sizes[place]]),
+        )
+
+    def shard_index(self, shard: int) -> ShardIndex:
+        """Returns the index of a shard, loading and verifying it when it is first needed.
+
+        Raises:
+            Refused: The `.idx` file is missing or is not the one that `index.json` names.
+        """
+        return self._indexes.get(shard, lambda: self._load_index(shard))
+
+    def _load_index(self, shard: int) -> ShardIndex:
+        entry = self.shards[shard]
+        path = self.folder / entry.index_name
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError as error:
+            raise Refused(f"{path}: missing; copy the whole folder again or repack it") from error
+        if hashlib.sha256(content).hexdigest() != entry.index_sha256:
+            raise Refused(
+                f"{path}: not the file that {INDEX_NAME} names (its hash differs); copy the whole folder again"
+            )
+        return ShardIndex.from_bytes(content)
+
+    def _read_stretch(self, shard: int, start: int, length: int) -> bytes:
+        path = self.folder / self.shards[shard].name
+        file = self._files.get(shard, lambda: _OpenFile(path))
+        stretch = os.pread(file.descriptor, length, start)
+        while len(stretch) < length:  # the kernel may hand out less than was asked for, above 2 GiB always
+            more = os.pread(file.descriptor, length - len(stretch), start + len(stretch))
+            if not more:
+                raise TubeletError(f"{path}: shorter than its index says; copy the shard again")
+            stretch += more
+        return stretch
+
+    def _start_empty(self) -> None:
+        self._files: _Recent[_OpenFile] = _Recent(MAX_OPEN_FILES)
+        self._indexes: _Recent[ShardIndex] = _Recent(MAX_LOADED_INDEXES)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves open files and loaded indexes behind."""
+        return {name: value for name, value in vars(self).items() if name not in ("_files", "_indexes")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Starts with no file open."""
+        vars(self).update(state)
+        self._start_empty()
+
+
+def _read_index_file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        folder = path.parent
+        if not folder.is_dir():
+            raise Refused(f"{folder}: no such folder; make it with `tubelet pack VIDEOS {folder}`") from error
+        remedy = (
+            "pack the videos with `tubelet pack VIDEOS SHARDS`, or run an interrupted `tubelet pack` again to finish"
+        )
+        raise Refused(f"{folder}: holds no {INDEX_NAME}, so it is not a finished shard set; {remedy}") from error
+    except OSError as error:
+        raise Refused(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+
+
+def _check_files(folder: Path, shard: ShardEntry) -> None:
+    for name in (shard.name, shard.index_name):
+        if not (folder / name).is_file():
+            raise Refused(
+                f"{folder / name}: missing, though {INDEX_NAME} names it; copy the whole folder again or repack"
+            )
+    size_bytes = (folder / shard.name).stat().st_size
+    if size_bytes != shard.bytes:
+        raise Refused(
+            f"{folder / shard.name}: {size_bytes} bytes, but {INDEX_NAME} says {shard.bytes}; "
+            "copy the whole folder again or repack"
+        )
+
+
+class _OpenFile:
+    """A file descriptor that closes when nobody holds it, so that dropping it never hurts a read under way."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+Value = TypeVar("Value")
+
+
+class _Recent(Generic[Value]):
+    """The values of the shards used last, at most `limit` of them; safe between threads."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._values: OrderedDict[int, Value] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, shard: int, load: Callable[[], Value]) -> Value:
+        with self._lock:
+            if shard not in self._values:
+                self._values[shard] = load()
+                while len(self._values) > self._limit:
+                    self._values.popitem(last=False)
+            self._values.move_to_end(shard)
+            return self._values[shard]

@@ -1,0 +1,242 @@
+"""Which videos to pack, with which labels, under which keys: a folder, class folders or a list file, read and checked.
+
+Nothing here opens a video. A folder's videos are found at any depth by their suffix. If each of them lies in some
+first-level folder, those folders are the classes, sorted by name; if any lies directly in the folder, or with
+`unlabelled`, the set has no labels. A list file holds `path label` lines and is taken as it is.
+"""
+
+import dataclasses
+import hashlib
+import os
+import posixpath
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pretrain.errors import Refused
+
+VIDEO_SUFFIXES = (
+    *(".3gp", ".asf", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov"),
+    *(".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".vob", ".webm", ".wmv"),
+)
+MAX_CLASSES = 100_000
+"""Above this an integer in a list file is taken for a mistake, not for a class."""
+MAX_KEY_NAME = 48
+"""Characters of a key that come from the path; with hash and suffix a tar header's 100 must hold it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A video to pack: its path relative to the root (as listed, if it lies elsewhere) and its class number."""
+
+    path: str
+    label: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """The videos to pack, sorted by path.
+
+    Attributes:
+        root: The folder that the paths are relative to.
+        videos: The videos.
+        classes: The names of the classes; empty if unlabelled.
+        ignored: How many other files the folder holds.
+    """
+
+    root: Path
+    videos: tuple[Source, ...]
+    classes: tuple[str, ...]
+    ignored: int = 0
+
+
+def find_sources(
+    folder: str | Path | None, list_file: str | Path | None = None, classes: str | None = None, unlabelled: bool = False
+) -> Sources:
+    """Finds the videos to pack.
+
+    Args:
+        folder: The folder of videos or of class folders; with a list file, what its paths are relative to (None: the
+            folder of the list file).
+        list_file: A file of `path label` lines; the label is the last field, an integer or a name.
+        classes: A file with one class name a line, or names separated by commas; None takes them from the input.
+        unlabelled: Whether to pack without labels; a list file then holds paths, and labels after them are dropped.
+
+    Raises:
+        Refused: An input is missing, empty or unreadable, a line has no label, a label is no class, a path is repeated.
+    """
+    names = read_classes(classes) if classes is not None else None
+    if folder is not None and not Path(folder).is_dir():
+        raise Refused(f"{folder}: no such folder; name a folder of videos")
+    if list_file is not None:
+        root = Path(folder) if folder is not None else Path(list_file).parent
+        return _from_list(Path(list_file), root, names, unlabelled)
+    if folder is None:
+        raise Refused("source: nothing to pack; name a folder of videos, or a list file with --list")
+    return _from_folder(Path(folder), names, unlabelled)
+
+
+def read_classes(classes: str) -> tuple[str, ...]:
+    """Reads class names from a file with one a line, or from names separated by commas.
+
+    Raises:
+        Refused: There is no such file and no comma, or a name stands twice.
+    """
+    if Path(classes).is_file():
+        names = [line.strip() for line in _read_lines(Path(classes))]
+    elif "," in classes:
+        names = [name.strip() for name in classes.split(",")]
+    else:
+        raise Refused(
+            f"classes: {classes} is no file; name a file with one class a line, or list the names with commas"
+        )
+    names = [name for name in names if name]
+    repeated = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
+    if repeated is not None or not names:
+        raise Refused(
+            f"classes: {f'{repeated!r} stands twice' if names else 'no name'} in {classes}; name each class once"
+        )
+    return tuple(names)
+
+
+def parse_list(lines: Sequence[str], name: str) -> list[tuple[int, str, str]]:
+    """Returns the line number, path and label of each line that is not blank.
+
+    Args:
+        lines: The lines of a list file.
+        name: The file's name, for the message.
+
+    Raises:
+        Refused: A line has no label.
+    """
+    entries = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        path, _, label = line.strip().replace("\t", " ").rpartition(" ")
+        if not path.strip() or Path(label).suffix.lower() in VIDEO_SUFFIXES:
+            raise Refused(
+                f"{name}:{number}: no label in {line.strip()!r}; write `path label`, or pack with --unlabelled true"
+            )
+        entries.append((number, path.strip(), label))
+    return entries
+
+
+def key_of(path: str) -> str:
+    """Returns the key of a path: the readable end of it and a hash, in letters, digits, - and _ only.
+
+    It is a function of the path alone, so a video keeps its key from set to set; 64 bits of SHA-256 keep keys apart.
+    """
+    name = re.sub(r"[^A-Za-z0-9]+", "_", posixpath.splitext(path)[0]).strip("_")[-MAX_KEY_NAME:]
+    return f"{name or 'video'}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}"
+
+
+def _from_folder(folder: Path, names: tuple[str, ...] | None, unlabelled: bool) -> Sources:
+    paths, ignored = [], 0
+    for path in _files_below(folder):
+        video = Path(path).suffix.lower() in VIDEO_SUFFIXES and not posixpath.basename(path).startswith(".")
+        ignored += not video
+        if video:
+            paths.append(path)
+    if not paths:
+        other = f" (only {ignored} other files)" if ignored else ""
+        known = " ".join(suffix[1:] for suffix in VIDEO_SUFFIXES)
+        raise Refused(f"{folder}: holds no video{other}; videos are known by their suffix: {known}")
+    paths.sort()
+    if unlabelled or any("/" not in path for path in paths):
+        if names is not None:
+            raise Refused(f"classes: given, but the videos of {folder} are not in class folders; drop it or use --list")
+        return Sources(folder, tuple(Source(path) for path in paths), (), ignored)
+    owners = [path.split("/", 1)[0] for path in paths]
+    classes = names if names is not None else tuple(sorted(set(owners)))
+    numbers = {name: number for number, name in enumerate(classes)}
+    strange = next((owner for owner in owners if owner not in numbers), None)
+    if strange is not None:
+        raise Refused(f"{folder / strange}: the folder is none of the classes given; add {strange!r} to --classes")
+    labelled = tuple(Source(path, numbers[owner]) for path, owner in zip(paths, owners, strict=True))
+    return Sources(folder, labelled, classes, ignored)
+
+
+def _files_below(folder: Path) -> Iterator[str]:
+    """Yields the path of each file, relative and with forward slashes; follows links, but enters no folder twice."""
+
+    def refuse(error: OSError) -> None:
+        raise Refused(f"{error.filename}: cannot be read ({error.strerror}); check its permissions")
+
+    seen = set()
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        relative = os.path.relpath(parent, folder)
+        yield from (name if relative == "." else f"{relative}/{name}" for name in files)
+
+
+def _from_list(list_file: Path, root: Path, names: tuple[str, ...] | None, unlabelled: bool) -> Sources:
+    lines = _read_lines(list_file)
+    if unlabelled:
+        entries = [(number, _path_of(line.strip(), root), "") for number, line in enumerate(lines, 1) if line.strip()]
+    else:
+        entries = parse_list(lines, str(list_file))
+    if not entries:
+        raise Refused(f"{list_file}: empty; write one `path label` a line")
+    entries = [(number, _relative(path, root), label) for number, path, label in entries]
+    first_lines: dict[str, int] = {}
+    for number, path, _ in entries:
+        if path in first_lines:
+            raise Refused(
+                f"{list_file}:{number}: {path} stands on line {first_lines[path]} already; remove one of them"
+            )
+        first_lines[path] = number
+    if unlabelled:
+        return Sources(root, tuple(Source(path) for path in sorted(first_lines)), ())
+    classes = names if names is not None else _classes_of(list_file, entries)
+    numbers = {str(number): number for number in range(len(classes))}
+    numbers |= {name: number for number, name in enumerate(classes)}
+    for number, _, label in entries:
+        if label not in numbers:
+            raise Refused(
+                f"{list_file}:{number}: label {label!r} is none of the {len(classes)} classes; "
+                f"write a class name or a number from 0 to {len(classes) - 1}"
+            )
+    return Sources(
+        root, tuple(Source(path, numbers[label]) for _, path, label in sorted(entries, key=_by_path)), classes
+    )
+
+
+def _classes_of(list_file: Path, entries: Sequence[tuple[int, str, str]]) -> tuple[str, ...]:
+    """Class names from the labels: 0 .. the highest if all are integers, else the names, sorted."""
+    integers = [(number, int(label)) for number, _, label in entries if re.fullmatch(r"[+-]?[0-9]{1,18}", label)]
+    if len(integers) < len(entries):
+        return tuple(sorted({label for _, _, label in entries}))
+    for number, label in integers:
+        if not 0 <= label < MAX_CLASSES:
+            raise Refused(f"{list_file}:{number}: label {label} is no class number; number the classes from 0")
+    return tuple(str(number) for number in range(max(label for _, label in integers) + 1))
+
+
+def _by_path(entry: tuple[int, str, str]) -> str:
+    return entry[1]
+
+
+def _path_of(line: str, root: Path) -> str:
+    """The path in a line of which it is not known whether a label follows."""
+    path, _, _ = line.rpartition(" ")
+    return path.strip() if path and not (root / line).exists() and (root / path.strip()).exists() else line
+
+
+def _relative(path: str, root: Path) -> str:
+    """The path as shards name it: relative to the root where it lies below it."""
+    path = posixpath.normpath(path)
+    prefix = posixpath.normpath(root.absolute().as_posix()) + "/"
+    return path.removeprefix(prefix)
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
+    except OSError as error:
+        raise Refused(f"{path}: cannot be read ({error.strerror}); name a text file of lines") from error

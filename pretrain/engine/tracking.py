@@ -1,0 +1,260 @@
+"""The record of a run: `metrics.jsonl`, always, and Weights & Biases beside it when wanted.
+
+`metrics.jsonl` in the run folder is the record that counts: one JSON object a logged step, appended and flushed at
+once, cut back on resume so that no step stands twice. W&B is a mirror of it, and no trouble of the mirror (no key, no
+network, a slow or broken server, a killed background process) stops or delays a run by more than a bounded time: an
+unreachable server means an offline run, which `wandb sync` uploads later, and any later failure means one warning.
+Steps go to W&B as a metric, never as `step=`, since W&B drops steps that go back after a resume.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import netrc
+import os
+import secrets
+import string
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from pretrain.errors import TubeletError
+from pretrain.files import replacing, write_text
+
+logger = logging.getLogger(__name__)
+
+TrackingMode = Literal["auto", "wandb", "none"]
+Connection = Literal["online", "offline"]
+
+INIT_TIMEOUT_S = 20
+FINISH_TIMEOUT_S = 20
+RUN_ID_LENGTH = 8
+
+
+class Tracker:
+    """Rank 0's record of a run; on other ranks every method does nothing."""
+
+    def __init__(
+        self,
+        out: Path,
+        mode: TrackingMode,
+        config: dict[str, Any],
+        stage: str,
+        enabled: bool = True,
+        run_id: str | None = None,
+    ):
+        """Opens the record in the run folder, and the W&B run if there is to be one.
+
+        Args:
+            out: The run folder; its name is the W&B run's name.
+            mode: "auto" uses W&B when this machine has a key (`WANDB_API_KEY` or `.netrc`) or `WANDB_MODE=offline`
+                asks for it, and `WANDB_MODE` does not forbid it; "wandb" always, offline when there is no key; "none"
+                never.
+            config: The resolved config, shown by W&B.
+            stage: "pretrain" or "finetune": the W&B group and job type.
+            enabled: False on all ranks but 0.
+            run_id: The W&B run id that a checkpoint carries; by default the one of the run folder, or else a new one.
+        """
+        self.path = Path(out) / "metrics.jsonl"
+        self.run_id = run_id
+        self._enabled = enabled
+        self._run: Any = None
+        if not enabled:
+            return
+        Path(out).mkdir(parents=True, exist_ok=True)
+        connection = choose_connection(mode, os.environ)
+        if connection:
+            with self._never_fatal("could not start"):
+                self.run_id = settle_run_id(Path(out) / "wandb" / "run_id", run_id)
+                self._run = _start_wandb(Path(out), connection, config, stage, self.run_id)
+
+    def cut_back(self, step: int) -> None:
+        """Drops the lines of all steps after `step`; call it on resume, and with 0 on a fresh start.
+
+        Step 0 empties the record. Lines that are not JSON, such as the torn last one that a killed process leaves, are
+        dropped too.
+
+        Raises:
+            TubeletError: The file cannot be read or rewritten; it is left as it was.
+        """
+        if not self._enabled or not self.path.exists():
+            return
+        with self._naming_the_file("rewrite"), replacing(self.path) as temporary, open(temporary, "wb") as file:
+            for line, entry in _lines(self.path):
+                if step > 0 and entry["step"] <= step:
+                    file.write(line)
+
+    def log(self, step: int, metrics: dict[str, float | int | str]) -> None:
+        """Appends one line, `{"step": step, ...}`; call it once a step, with all that is known of that step.
+
+        Numbers that JSON does not have (nan, inf) are written as null; W&B gets them as they are.
+
+        Raises:
+            TubeletError: `metrics.jsonl` cannot be written, for example because the disk is full; no partial line
+                stays behind.
+        """
+        if not self._enabled:
+            return
+        entry = {"step": step} | {name: _json_value(value) for name, value in metrics.items()}
+        with self._naming_the_file("write"):
+            _append(self.path, json.dumps(entry, allow_nan=False).encode() + b"\n")
+        if self._run:
+            with self._never_fatal("stopped working"):
+                self._run.log({"step": step, **metrics})
+
+    def log_picture(self, step: int, name: str, path: Path) -> None:
+        """Sends a picture file to W&B; the run folder keeps its own."""
+        if self._run:
+            with self._never_fatal("did not take a picture"):
+                import wandb
+
+                self._run.log({"step": step, name: wandb.Image(str(path))})
+
+    def finish(self, exit_code: int = 0) -> None:
+        """Closes the W&B run, waiting at most `FINISH_TIMEOUT_S` for uploads; what is left stays on disk."""
+        run, self._run = self._run, None
+        if run:
+            with self._never_fatal("could not finish"):
+                run.finish(exit_code=exit_code)
+
+    @contextlib.contextmanager
+    def _never_fatal(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # the mirror may fail in any way: training goes on
+            self._run = None
+            logger.warning(
+                "W&B %s (%s); the run goes on without it, its record is %s", what, _in_one_line(error), self.path
+            )
+            _abandon_wandb()
+
+    @contextlib.contextmanager
+    def _naming_the_file(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise TubeletError(
+                f"{self.path}: cannot {what} the metrics ({error.strerror}); free or enlarge that disk, then resume"
+            ) from error
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Returns the entries of a `metrics.jsonl` in file order, without a torn last line; numbers JSON lacks are None."""
+    return [entry for _, entry in _lines(path)] if Path(path).exists() else []
+
+
+def choose_connection(mode: TrackingMode, environment: Any) -> Connection | None:
+    """Returns how to run W&B, or None for not at all, from the config's mode and the environment variables."""
+    wished = environment.get("WANDB_MODE", "").lower()
+    has_key = bool(environment.get("WANDB_API_KEY")) or _netrc_has_key(environment)
+    if mode == "none" or (mode == "auto" and wished in ("disabled", "dryrun")):
+        return None
+    if mode == "auto" and not has_key and wished != "offline":
+        return None
+    return "online" if has_key and wished not in ("offline", "dryrun") else "offline"
+
+
+def settle_run_id(path: Path, given: str | None) -> str:
+    """Returns the given run id, else the one in the file, else a new one; the file then holds it."""
+    stored = path.read_text().strip() if path.exists() else None
+    run_id = given or stored or _new_run_id()
+    if run_id != stored:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, run_id + "\n")
+    return run_id
+
+
+def _new_run_id() -> str:
+    return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(RUN_ID_LENGTH))
+
+
+def _netrc_has_key(environment: Any) -> bool:
+    host = urlsplit(environment.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
+    try:
+        return netrc.netrc(environment.get("NETRC") or Path.home() / ".netrc").authenticators(host) is not None
+    except (OSError, RuntimeError, netrc.NetrcParseError):
+        return False
+
+
+def _start_wandb(out: Path, connection: Connection, config: dict[str, Any], stage: str, run_id: str) -> Any:
+    """Returns a W&B run: online if that works within `INIT_TIMEOUT_S`, else offline."""
+    import wandb
+
+    wandb.setup(settings=wandb.Settings(silent=True))  # else it announces where it found the key
+
+    def start(mode: Connection) -> Any:
+        run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "tubelet"),
+            group=stage,
+            job_type=stage,
+            name=out.resolve().name,
+            dir=out,
+            id=run_id,
+            resume="allow",
+            mode=mode,
+            config=config,
+            reinit="finish_previous",
+            settings=wandb.Settings(
+                silent=True, console="off", init_timeout=INIT_TIMEOUT_S, finish_timeout=FINISH_TIMEOUT_S
+            ),
+        )
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+        return run
+
+    if connection == "offline":
+        return start("offline")
+    try:
+        return start("online")
+    except Exception as error:  # no server, a refused key, a timeout: wandb has no common class for them
+        logger.warning(
+            "W&B cannot be reached (%s); this run is kept offline, `wandb sync %s` uploads it later",
+            _in_one_line(error),
+            out / "wandb" / f"offline-run-*-{run_id}",
+        )
+        _abandon_wandb()  # its background process still holds the run id
+        return start("offline")
+
+
+def _abandon_wandb() -> None:
+    """Stops what is left of wandb, so that its hook at exit neither waits nor prints a traceback."""
+    with contextlib.suppress(Exception):
+        import wandb
+
+        wandb.teardown()
+
+
+def _in_one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _json_value(value: Any) -> float | int | str | None:
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Appends the whole line or, when that fails, nothing."""
+    with open(path, "ab", buffering=0) as file:
+        size_bytes = file.tell()
+        try:
+            rest = memoryview(line)
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(size_bytes)
+            raise
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yields each whole line with its entry, passing over what is not a line of ours."""
+    with open(path, "rb") as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                entry = json.loads(line)
+                if line.endswith(b"\n") and isinstance(entry, dict) and isinstance(entry.get("step"), int):
+                    yield line, entry

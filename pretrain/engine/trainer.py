@@ -1,0 +1,299 @@
+"""The training loop: one loop for pretraining and finetuning, from a laptop to many nodes.
+
+The loop names its stages in order. Whatever changes over a run (learning rate, samples, random draws of the model) is
+a function of the step, so nothing of it needs to be stored. Losses are looked at one step late, so that reading them
+never makes the GPU wait; a checkpoint is written only after all of them were found finite.
+"""
+
+import dataclasses
+import logging
+import math
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pretrain.engine.checkpoint import Checkpoints
+from pretrain.engine.distributed import Processes
+from pretrain.engine.progress import Progress
+from pretrain.engine.tracking import Tracker
+from pretrain.errors import StoppedByRule
+from pretrain.files import append_json_lines
+
+logger = logging.getLogger(__name__)
+
+FEW_SAMPLES = 10  # bad samples that are always forgiven, so that the share means something in a short run
+
+Objective = Callable[[nn.Module, Any], Tensor]
+"""From the prepared model and a batch on the device to the mean loss of its clips."""
+
+Validation = Callable[[nn.Module], dict[str, float]]
+"""Called by all ranks with the prepared model; returns what to log."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How long a run is and when it does what.
+
+    Attributes:
+        first_step: Steps done already.
+        steps: Steps in the whole run.
+        accumulation: Micro-batches in a step.
+        clips_per_step: Clips that all ranks together see in a step.
+        seed: Seed of dropout, drop path and mixup.
+        clip_grad: Greatest gradient norm, or None.
+        log_every: Steps between lines of `metrics.jsonl`.
+        checkpoint_every: Steps between checkpoints.
+        validate_every: Steps between validations; 0 for never.
+        max_bad_share: Share of bad samples past which the run stops.
+    """
+
+    first_step: int
+    steps: int
+    accumulation: int
+    clips_per_step: int
+    seed: int
+    clip_grad: float | None
+    log_every: int
+    checkpoint_every: int
+    validate_every: int
+    max_bad_share: float
+
+
+class _StepRecord(NamedTuple):
+    """What is known of a step when the next one starts; the loss may still be on its way from the device."""
+
+    step: int
+    loss: Tensor
+    gradient_norm: Any
+    learning_rate: float
+    seconds: float
+    data_wait_s: float
+    padded: int
+    samples: int
+    keys: list[str]
+    skipped: list[dict]
+    metrics: dict[str, float]
+
+
+class Trainer:
+    """Trains a model from batches, and keeps the run's record.
+
+    Args:
+        plan: Lengths and intervals.
+        processes: All processes of the run.
+        model: The prepared model.
+        optimizer: The prepared optimiser.
+        schedule: Sets the learning rates for a step by `step_update(step)`.
+        objective: Computes the loss of a batch.
+        checkpoints: Writes checkpoints.
+        tracker: Writes metrics.
+        skipped_path: File to which rank 0 appends the samples passed over.
+        state: What checkpoints note beside the weights.
+        validation: Computes figures on held-out samples.
+        on_checkpoint: Called by all ranks after each checkpoint, to export weights.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        processes: Processes,
+        model: nn.Module,
+        optimizer: Any,
+        schedule: Any,
+        objective: Objective,
+        checkpoints: Checkpoints,
+        tracker: Tracker,
+        skipped_path: Any,
+        state: dict[str, Any],
+        validation: Validation | None = None,
+        on_checkpoint: Callable[[nn.Module], None] | None = None,
+    ) -> None:
+        """Keeps the arguments."""
+        self.plan = plan
+        self.processes = processes
+        self.model = model
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.objective = objective
+        self.checkpoints = checkpoints
+        self.tracker = tracker
+        self.skipped_path = skipped_path
+        self.state = state
+        self.validation = validation
+        self.on_checkpoint = on_checkpoint
+        self.samples_read = 0
+        self.samples_skipped = 0
+        self._clock = time.perf_counter()
+
+    def train(self, batches: Iterable[Any], description: str) -> None:
+        """Runs all steps that are left.
+
+        Args:
+            batches: This rank's micro-batches, from `plan.first_step` on.
+            description: Stands before the progress bar.
+
+        Raises:
+            StoppedByRule: A loss was not finite, or too many samples could not be decoded.
+        """
+        plan = self.plan
+        waiting = iter(batches)
+        self._seconds_since_last()
+        previous: _StepRecord | None = None
+        with Progress(plan.steps, plan.first_step, description, self.processes.is_main, plan.log_every) as progress:
+            for step in range(plan.first_step, plan.steps):
+                record = self._step(step, waiting)
+                if previous is not None:
+                    self._settle(previous, progress)
+                previous = record
+                done = step + 1
+                validates = self._is_due(done, plan.validate_every)
+                saves = self._is_due(done, plan.checkpoint_every)
+                if not (validates or saves):
+                    continue
+                if validates and self.validation:
+                    previous = previous._replace(metrics=self._validate())
+                self._settle(previous, progress)
+                previous = None
+                if saves:
+                    self.checkpoints.save(done, self.model, self.optimizer, self.state)
+                    if self.on_checkpoint:
+                        self.on_checkpoint(self.model)
+                self._seconds_since_last()
+
+    def _is_due(self, done: int, every: int) -> bool:
+        return every > 0 and (done % every == 0 or done == self.plan.steps)
+
+    def _step(self, step: int, batches: Iterator[Any]) -> _StepRecord:
+        """Takes one optimiser step and returns its record without waiting for the device."""
+        self.model.train()
+        self.schedule.step_update(step)
+        accelerator, device = self.processes.accelerator, self.processes.device
+        loss_sum = torch.zeros((), device=device)
+        gradient_norm: Any = math.nan
+        data_wait_s, padded, keys, skipped = 0.0, 0, [], []
+        for micro_batch in range(self.plan.accumulation):
+            wait_started = time.perf_counter()
+            batch = next(batches)
+            data_wait_s += time.perf_counter() - wait_started
+            keys += batch.keys
+            padded += batch.padded
+            skipped += batch.skipped
+            seed_draws(self.plan.seed, step, self.processes.rank, micro_batch)
+            with accelerator.accumulate(self.model):
+                loss = self.objective(self.model, _to_device(batch, device))
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    gradient_norm = accelerator.clip_grad_norm_(
+                        self.model.parameters(), self.plan.clip_grad or math.inf
+                    )
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            loss_sum += loss.detach().float()
+        return _StepRecord(
+            step=step,
+            loss=loss_sum / self.plan.accumulation,
+            gradient_norm=gradient_norm,
+            learning_rate=max(group["lr"] for group in self.optimizer.param_groups),
+            seconds=self._seconds_since_last(),
+            data_wait_s=data_wait_s,
+            padded=padded,
+            samples=len(keys),
+            keys=keys,
+            skipped=skipped,
+            metrics={},
+        )
+
+    def _seconds_since_last(self) -> float:
+        """Returns the time since the last call: in the loop, a step with its wait for data and for the device."""
+        before, self._clock = self._clock, time.perf_counter()
+        return self._clock - before
+
+    def _settle(self, record: _StepRecord, progress: Progress) -> None:
+        """Gathers a step's figures from all ranks, stops the run if they ask for it, and logs them."""
+        own = [record.loss.item(), record.data_wait_s, record.seconds, memory_gib(self.processes.device)]
+        counts = [record.padded, record.samples, len(record.skipped)]
+        gathered = self.processes.gather(torch.tensor([*own, *counts], dtype=torch.float64))
+        loss, data_wait_s, seconds, memory, padded, samples, skipped = gathered.unbind(1)
+        self._stop_if_not_finite(record, loss)
+        self.samples_read += int(samples.sum())
+        if skipped.sum() > 0:
+            self._note_skipped(record)
+        done = record.step + 1
+        clips_per_second = self.plan.clips_per_step / float(seconds.max())
+        progress.update(done, float(loss.mean()), clips_per_second)
+        if not (record.metrics or self._is_due(done, self.plan.log_every)):
+            return
+        self.tracker.log(
+            done,
+            {
+                "loss": float(loss.mean()),
+                "learning_rate": record.learning_rate,
+                "gradient_norm": float(record.gradient_norm),
+                "clips_per_second": clips_per_second,
+                "data_wait_s": float(data_wait_s.mean()),
+                "data_wait_max_s": float(data_wait_s.max()),
+                "memory_gib": float(memory.max()),
+                "padded": int(padded.sum()),
+                "skipped": self.samples_skipped,
+                **record.metrics,
+            },
+        )
+
+    def _stop_if_not_finite(self, record: _StepRecord, losses: Tensor) -> None:
+        bad_ranks = (~losses.isfinite()).nonzero().flatten().tolist()
+        if not bad_ranks:
+            return
+        keys = self.processes.gather_objects(record.keys)
+        named = "; ".join(f"rank {rank}: {' '.join(keys[rank])}" for rank in bad_ranks)
+        raise StoppedByRule(
+            f"the loss of step {record.step} is not finite on {len(bad_ranks)} of {self.processes.world} ranks "
+            f"(samples of {named}); checkpoints are untouched: lower optimizer.base_lr, set optimizer.clip_grad, or "
+            f"look at these samples"
+        )
+
+    def _note_skipped(self, record: _StepRecord) -> None:
+        reports = [report for part in self.processes.gather_objects(record.skipped) for report in part]
+        self.samples_skipped += len(reports)
+        if self.processes.is_main:
+            append_json_lines(self.skipped_path, [{"step": record.step} | report for report in reports])
+        if self.samples_skipped > max(FEW_SAMPLES, self.plan.max_bad_share * self.samples_read):
+            raise StoppedByRule(
+                f"{self.samples_skipped} of {self.samples_read} samples could not be decoded, more than "
+                f"data.max_bad_share {self.plan.max_bad_share} allows; they are listed in {self.skipped_path}"
+            )
+
+    def _validate(self) -> dict[str, float]:
+        self.model.eval()
+        with torch.no_grad():
+            return self.validation(self.model)
+
+
+def seed_draws(seed: int, step: int, rank: int, micro_batch: int) -> None:
+    """Seeds everything that model and mixup draw from, so that a step's draws do not depend on the steps before."""
+    state = np.random.SeedSequence([seed, step, rank, micro_batch]).generate_state(3)
+    torch.manual_seed(int(state[0]))
+    np.random.seed(int(state[1]))
+    random.seed(int(state[2]))
+
+
+def memory_gib(device: torch.device) -> float:
+    """Returns the greatest memory used so far: the GPU's, or the process's own where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _to_device(batch: Any, device: torch.device) -> Any:
+    moved = {
+        name: value.to(device, non_blocking=True)
+        for name, value in batch._asdict().items()
+        if isinstance(value, Tensor)
+    }
+    return batch._replace(**moved)

@@ -1,0 +1,38 @@
+"""The errors that Tubelet raises on purpose.
+
+The command line turns each into one line on standard error and its exit code; anything else is a bug and shows its
+traceback. Every message names the file or the field that is wrong and the remedy.
+"""
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_REFUSED = 2
+EXIT_STOPPED = 3
+
+
+class TubeletError(Exception):
+    """Something failed in a way that Tubelet foresaw; the work done so far is safe."""
+
+    exit_code = EXIT_FAILED
+
+
+class Refused(TubeletError):
+    """Bad input: nothing was started and nothing was written."""
+
+    exit_code = EXIT_REFUSED
+
+
+class StoppedByRule(TubeletError):
+    """A rule stopped the run: a non-finite loss, or too many bad samples."""
+
+    exit_code = EXIT_STOPPED
+
+
+class BadSample(TubeletError):
+    """A video that cannot be decoded; training replaces it, evaluation counts it as an error."""
+
+
+class DiskFull(TubeletError):
+    """A write failed for want of space; what was complete before is still there."""
+
+    exit_code = EXIT_REFUSED

@@ -1,0 +1,168 @@
+"""What pretraining and finetuning share: opening data, processes and the run's folder, training, and the figures."""
+
+import logging
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from pretrain.commandline import find_recipe, to_dict, to_yaml
+from pretrain.config import RunConfig
+from pretrain.data.loader import MicroBatches, TrainingClips, training_batches
+from pretrain.data.order import Order
+from pretrain.data.shards import ShardSet
+from pretrain.engine.distributed import Processes, launched_world
+from pretrain.engine.optimizer import build_optimizer, build_schedule
+from pretrain.engine.progress import set_up_logging
+from pretrain.engine.run import Run, open_run
+from pretrain.engine.tracking import read_metrics
+from pretrain.engine.trainer import Objective, Plan, Trainer, Validation
+from pretrain.errors import Refused
+from pretrain.report import Figure, curves
+
+logger = logging.getLogger(__name__)
+
+
+def open_training_shards(config: RunConfig) -> ShardSet:
+    """Opens the training set; raises `Refused` if the clip's stride means nothing on it."""
+    shards = ShardSet.open(config.data.shards)
+    if config.data.clip.stride is not None and shards.resampled:
+        raise Refused(
+            f"data.clip.stride: {config.data.shards} was packed with --fps, so stored frames are not the source's; "
+            f"give data.clip.frame_rate instead"
+        )
+    return shards
+
+
+def order_of(config: RunConfig, shards: ShardSet) -> Order:
+    """Returns the order of samples of a run."""
+    data = config.data
+    return Order(shards.samples_per_shard, config.seed, data.lanes, data.shards_per_window, data.global_batch)
+
+
+def start_processes(config: RunConfig) -> Processes:
+    """Joins the other processes of the run; raises `Refused` if the batch does not divide among them."""
+    accumulation = config.accumulation(launched_world())
+    deepspeed = find_recipe(config.deepspeed, "deepspeed", ".json") if config.deepspeed else None
+    processes = Processes(
+        config.precision, accumulation, config.data.micro_batch, config.optimizer.clip_grad, deepspeed
+    )
+    set_up_logging(main_process=processes.is_main)
+    return processes
+
+
+def open_stage(
+    config: RunConfig, processes: Processes, stage: str, order: Order, shards: ShardSet
+) -> AbstractContextManager[Run]:
+    """Opens the run's folder; see `open_run`."""
+    identity = {
+        "data.shards": shards.fingerprint,
+        "seed": config.seed,
+        "data.global_batch": order.global_batch,
+        "data.lanes": order.lanes,
+        "data.shards_per_window": order.shards_per_window,
+    }
+    return open_run(
+        config.out,
+        processes,
+        stage,
+        to_dict(config),
+        to_yaml(config),
+        config.resume,
+        config.tracking,
+        identity,
+        config.checkpoint.keep_last,
+    )
+
+
+def train(
+    config: RunConfig,
+    run: Run,
+    order: Order,
+    steps: int,
+    model: nn.Module,
+    clips: TrainingClips,
+    objective: Objective,
+    validation: Validation | None,
+    validate_every: int,
+    export: Any,
+) -> nn.Module:
+    """Trains a model to the end of the run, from its checkpoint where it has one; returns the prepared model."""
+    processes = run.processes
+    accumulation = config.accumulation(processes.world)
+    batch = order.global_batch
+    optimizer = build_optimizer(model, config.optimizer, batch)
+    schedule = build_schedule(optimizer, config.optimizer, batch, config.optimizer.warmup(order.steps_per_epoch), steps)
+    model, optimizer = processes.prepare(model, optimizer)
+    schedule.optimizer = optimizer
+    if run.saved:
+        run.checkpoints.load(run.saved, model, optimizer)
+    plan = Plan(
+        first_step=run.first_step,
+        steps=steps,
+        accumulation=accumulation,
+        clips_per_step=batch * config.data.repeats,
+        seed=config.seed,
+        clip_grad=config.optimizer.clip_grad,
+        log_every=config.log_every,
+        checkpoint_every=config.checkpoint.every,
+        validate_every=validate_every,
+        max_bad_share=config.data.max_bad_share,
+    )
+    trainer = Trainer(
+        plan,
+        processes,
+        model,
+        optimizer,
+        schedule,
+        objective,
+        run.checkpoints,
+        run.tracker,
+        run.out / "skipped.jsonl",
+        run.state,
+        validation,
+        export,
+    )
+    requests = MicroBatches(
+        order, range(run.first_step, steps), config.data.micro_batch, processes.world, processes.rank
+    )
+    trainer.train(training_batches(clips, requests, pin_memory=processes.device.type == "cuda"), run.state["stage"])
+    return model
+
+
+def summarise(run: Run, steps: int) -> dict[str, Any]:
+    """Returns a run's final figures from its metrics."""
+    metrics = read_metrics(run.out / "metrics.jsonl")
+    last = metrics[-1] if metrics else {}
+    speeds = [entry["clips_per_second"] for entry in metrics if "clips_per_second" in entry]
+    waits = [entry["data_wait_s"] for entry in metrics if "data_wait_s" in entry]
+    return {
+        "steps": steps,
+        "loss": last.get("loss"),
+        "validation_loss": last.get("validation_loss"),
+        "clips_per_second": float(np.median(speeds)) if speeds else None,
+        "data_wait_s": float(np.median(waits)) if waits else None,
+        "memory_gib": last.get("memory_gib"),
+        "world": run.processes.world,
+    }
+
+
+def say_finished(run: Run) -> dict[str, Any]:
+    """Says that there is nothing left to do, and returns what the checkpoint's step tells."""
+    logger.info("%s is finished: step %d is done; give more --steps to go on", run.out, run.first_step)
+    return summarise(run, run.first_step)
+
+
+def curve_figures(metrics: list[dict[str, Any]]) -> list[Figure]:
+    """Returns the curves of a run: loss, learning rate, gradient norm."""
+    steps = [entry["step"] for entry in metrics]
+    losses = {"training": (steps, [entry.get("loss") for entry in metrics])}
+    held_out = [(entry["step"], entry["validation_loss"]) for entry in metrics if "validation_loss" in entry]
+    if held_out:
+        losses["held-out"] = tuple(zip(*held_out, strict=True))
+    figures = [Figure(curves(losses, "Loss", "step", "loss"))]
+    for name, title in (("learning_rate", "Learning rate"), ("gradient_norm", "Gradient norm")):
+        values = [entry.get(name) for entry in metrics]
+        figures.append(Figure(curves({name: (steps, values)}, title, "step", title.lower())))
+    return figures

@@ -1,0 +1,101 @@
+"""Encoders on disk: a folder with `config.json` (architecture and preprocessing) and `model.safetensors`."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pretrain.data.clips import ClipConfig
+from pretrain.errors import Refused
+from pretrain.files import replacing, write_json
+from pretrain.model.encoder import Encoder, EncoderConfig, build_encoder
+
+FORMAT_VERSION = 1
+
+
+def save_model_folder(folder: Path, weights: dict[str, Tensor], description: dict[str, Any]) -> None:
+    """Writes `config.json` and `model.safetensors`, each atomically."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", {"format": FORMAT_VERSION} | description)
+    with replacing(folder / "model.safetensors") as temporary:
+        save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, temporary)
+
+
+def load_model_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads what `save_model_folder` wrote.
+
+    Raises:
+        Refused: A file is missing, damaged, or of a newer format.
+    """
+    try:
+        description = json.loads((folder / "config.json").read_text())
+        weights = load_file(folder / "model.safetensors")
+    except FileNotFoundError as error:
+        raise Refused(
+            f"{folder}: has no {Path(error.filename or 'model.safetensors').name}; give a model's folder"
+        ) from None
+    except (ValueError, SafetensorError, OSError) as error:
+        raise Refused(f"{folder}: cannot be read ({error}); export the model again") from None
+    if description.get("format") != FORMAT_VERSION:
+        raise Refused(
+            f"{folder / 'config.json'}: has format {description.get('format')}, this Tubelet reads {FORMAT_VERSION}; "
+            f"use the Tubelet that wrote it"
+        )
+    return weights, description
+
+
+def describe_encoder(config: EncoderConfig, clip: ClipConfig) -> dict[str, Any]:
+    """Returns the description of an encoder for `config.json`."""
+    return {"encoder": dataclasses.asdict(config.resolved()), "clip": dataclasses.asdict(clip)}
+
+
+def encoder_from(config: EncoderConfig, clip: ClipConfig, class_token: bool = False) -> Encoder:
+    """Builds the encoder that sees clips of `clip`."""
+    return build_encoder(config, clip.frames, clip.size, clip.mean, clip.std, class_token)
+
+
+def configs_from(description: dict[str, Any], folder: Path) -> tuple[EncoderConfig, ClipConfig]:
+    """Returns the architecture and the clip that a `config.json` describes."""
+    try:
+        return (
+            EncoderConfig(**_with_tuples(description["encoder"])),
+            ClipConfig(**_with_tuples(description["clip"])),
+        )
+    except (KeyError, TypeError) as error:
+        raise Refused(f"{folder / 'config.json'}: does not describe an encoder ({error}); export it again") from None
+
+
+def find_encoder(place: str) -> Path:
+    """Returns the encoder's folder for a run's folder or an encoder's own; raises `Refused` if there is none."""
+    for folder in (Path(place) / "encoder", Path(place)):
+        if (folder / "config.json").is_file():
+            return folder
+    raise Refused(f"{place}: holds no encoder; give a pretraining run or a folder with config.json")
+
+
+def load_encoder_weights(encoder: Encoder, weights: dict[str, Tensor], folder: Path) -> None:
+    """Puts pretrained weights into an encoder; a class token that was not pretrained keeps its fresh value.
+
+    Raises:
+        Refused: The weights belong to an encoder of another shape.
+    """
+    own = encoder.state_dict()
+    fresh = {"class_token"} - set(weights)
+    missing = sorted(set(own) - set(weights) - fresh)
+    surplus = sorted(set(weights) - set(own))
+    differing = sorted(name for name in set(own) & set(weights) if own[name].shape != weights[name].shape)
+    for names, what in ((missing, "lacks"), (surplus, "has the additional"), (differing, "has another shape of")):
+        if names:
+            raise Refused(
+                f"{folder}: is an encoder of another shape: it {what} {names[0]} ({len(names)} such weights); "
+                f"configure the architecture that it was trained with"
+            )
+    encoder.load_state_dict(weights, strict=False)
+
+
+def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

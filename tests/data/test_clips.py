@@ -1,0 +1,214 @@
+"""Which frames, which crop, which size: against plain arithmetic and VideoMAE's own definition of its crop."""
+
+import collections
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pretrain.data.clips import ClipConfig, cut, frame_indices, is_mirrored, training_box, view_box
+from pretrain.data.randomness import key_for
+from pretrain.errors import Refused
+
+EXAMPLES = settings(max_examples=60, deadline=None)
+MOMENTS = st.floats(0, 1)
+RATES = st.sampled_from([1.0, 7.5, 12.0, 15.0, 23.976, 25.0, 29.97, 30.0, 60.0])
+
+
+def by_stride(frames: int, stride: int) -> ClipConfig:
+    return ClipConfig(frames=frames, stride=stride)
+
+
+def by_rate(frames: int, frame_rate: float) -> ClipConfig:
+    return ClipConfig(frames=frames, frame_rate=frame_rate)
+
+
+@EXAMPLES
+@given(st.integers(1, 20), st.integers(1, 8), st.integers(1, 300), MOMENTS)
+def test_a_stride_takes_every_so_manieth_frame_wherever_the_window_lies(count, stride, stored, moment):
+    indices, padded = frame_indices(by_stride(count, stride), stored, 30.0, moment)
+    span = (count - 1) * stride
+    first = 0 if padded else int(indices[0])
+    assert padded == (span > stored - 1)
+    assert 0 <= first <= max(stored - 1 - span, 0)
+    assert indices.tolist() == [min(first + n * stride, stored - 1) for n in range(count)]
+
+
+@EXAMPLES
+@given(st.integers(1, 20), RATES, RATES, st.integers(1, 300), MOMENTS)
+def test_a_frame_rate_takes_the_frame_nearest_to_each_moment(count, wanted, stored_rate, stored, moment):
+    indices, padded = frame_indices(by_rate(count, wanted), stored, stored_rate, moment)
+    assert len(indices) == count
+    assert np.all(np.diff(indices) >= 0)
+    assert 0 <= indices[0] <= indices[-1] <= stored - 1
+    times = indices[0] + np.arange(count) * (stored_rate / wanted)
+    on_time = indices < stored - 1 if padded else np.ones(count, dtype=bool)
+    assert np.all(np.abs(indices - times)[on_time] <= 0.5 + 1e-9)
+    assert padded == (times[-1] >= stored - 0.5)
+    assert indices[0] == 0 or not padded
+
+
+@EXAMPLES
+@given(st.integers(1, 300), MOMENTS)
+def test_seven_and_a_half_frames_a_second_are_stride_four_at_thirty(stored, moment):
+    rate, stride = (frame_indices(config, stored, 30.0, moment) for config in (by_rate(16, 7.5), by_stride(16, 4)))
+    assert (rate[0].tolist(), rate[1]) == (stride[0].tolist(), stride[1])
+
+
+def test_every_possible_time_window_is_drawn_equally_often():
+    starts = [int(frame_indices(by_stride(4, 2), 16, 30.0, moment)[0][0]) for moment in np.arange(1000) / 1000]
+    assert collections.Counter(starts) == dict.fromkeys(range(10), 100)
+    assert frame_indices(by_stride(4, 2), 16, 30.0, 1.0)[0].tolist() == [9, 11, 13, 15]
+
+
+def test_a_short_sample_is_read_once_and_its_last_frame_repeated():
+    for moment in (0.0, 0.5, 1.0):
+        assert frame_indices(by_stride(6, 2), 5, 30.0, moment)[0].tolist() == [0, 2, 4, 4, 4, 4]
+        assert frame_indices(by_stride(6, 2), 1, 30.0, moment)[0].tolist() == [0] * 6
+    assert frame_indices(by_stride(6, 2), 10, 30.0, 0.0)[1]
+    assert not frame_indices(by_stride(6, 2), 11, 30.0, 0.0)[1]
+
+
+def test_a_clip_faster_than_its_video_shows_frames_twice():
+    indices, padded = frame_indices(by_rate(8, 24.0), 10, 12.0, 0.0)
+    assert (indices.tolist(), padded) == ([0, 1, 1, 2, 2, 3, 3, 4], False)
+
+
+def videomae_crops(size: int, height: int, width: int) -> collections.Counter:
+    """How often VideoMAE's GroupMultiScaleCrop([1, .875, .75, .66]) draws each (top, left, height, width), of 130."""
+    sides = [int(min(height, width) * scale) for scale in (1, 0.875, 0.75, 0.66)]
+    sides = [size if abs(side - size) < 3 else side for side in sides]
+    crops: collections.Counter = collections.Counter()
+    for i, h in enumerate(sides):
+        for j, w in enumerate(sides):
+            if abs(i - j) <= 1:
+                down, right = (height - h) // 4, (width - w) // 4
+                offsets = [(0, 0), (4, 0), (0, 4), (4, 4), (2, 2)]
+                offsets += [(0, 2), (4, 2), (2, 4), (2, 0), (1, 1), (3, 1), (1, 3), (3, 3)]
+                crops.update((n * down, m * right, h, w) for m, n in offsets)
+    return crops
+
+
+@pytest.mark.parametrize(("height", "width"), [(256, 340), (340, 256), (226, 300)])
+def test_the_multi_scale_crop_is_drawn_as_often_as_in_videomae(height, width):
+    config, draws = ClipConfig(size=224), 6500
+    drawn = collections.Counter(training_box(config, height, width, key_for(number)) for number in range(draws))
+    expected = videomae_crops(224, height, width)
+    assert drawn.keys() == expected.keys()
+    for box, count in expected.items():
+        mean = draws * count / expected.total()
+        assert abs(drawn[box] - mean) < 5 * mean**0.5, box
+
+
+def test_a_side_close_to_the_clips_size_is_cut_without_resampling():
+    config = ClipConfig(size=224)
+    sides = {training_box(config, 258, 400, key_for(number))[2] for number in range(300)}
+    assert sides == {258, 224, 193, 170}, "int(258 * 0.875) is 225"
+
+
+@EXAMPLES
+@given(
+    st.sampled_from(["multi_scale", "random_resized", "center"]),
+    st.integers(1, 400),
+    st.integers(1, 400),
+    st.integers(1, 300),
+    st.integers(0, 2**128 - 1),
+)
+def test_a_crop_lies_inside_the_frame_whatever_its_size(crop, height, width, size, key):
+    top, left, rows, columns = training_box(ClipConfig(crop=crop, size=size), height, width, key)
+    assert min(top, left) >= 0
+    assert min(rows, columns) >= 1
+    assert top + rows <= height
+    assert left + columns <= width
+
+
+@pytest.mark.parametrize("size", [224, 223, 112])
+def test_a_frame_just_smaller_than_the_clip_is_never_overrun(size):
+    for side in range(size - 4, size + 1):
+        for number in range(40):
+            top, left, rows, columns = training_box(ClipConfig(size=size), side, side + 7, key_for(number))
+            assert min(top, left) >= 0
+            assert top + rows <= side
+            assert left + columns <= side + 7
+
+
+def test_the_random_resized_crop_keeps_its_share_and_shape_and_leaves_the_global_generator_alone():
+    config = ClipConfig(crop="random_resized", scale=(0.3, 0.6), ratio=(0.8, 1.25))
+    before = torch.get_rng_state()
+    boxes = [training_box(config, 240, 320, key_for(number)) for number in range(200)]
+    assert torch.equal(torch.get_rng_state(), before)
+    for _, _, rows, columns in boxes:
+        assert 0.29 < rows * columns / (240 * 320) < 0.61
+        assert 0.78 < columns / rows < 1.28
+    assert len(set(boxes)) > 190
+    assert training_box(config, 240, 320, key_for(0)) == boxes[0]
+
+
+def test_the_centre_crop_is_the_single_view():
+    assert training_box(ClipConfig(crop="center"), 240, 320, 5) == view_box(240, 320, 0, 1) == (0, 40, 240, 240)
+
+
+def test_views_run_from_one_end_of_the_longer_side_to_the_other():
+    assert [view_box(48, 100, view, 3) for view in range(3)] == [(0, 0, 48, 48), (0, 26, 48, 48), (0, 52, 48, 48)]
+    assert [view_box(100, 48, view, 2) for view in range(2)] == [(0, 0, 48, 48), (52, 0, 48, 48)]
+
+
+@EXAMPLES
+@given(st.integers(1, 400), st.integers(1, 400), st.integers(1, 6), st.data())
+def test_a_view_is_a_square_inside_the_frame(height, width, views, data):
+    top, left, rows, columns = view_box(height, width, data.draw(st.integers(0, views - 1)), views)
+    assert rows == columns == min(height, width)
+    assert 0 <= top <= height - rows
+    assert 0 <= left <= width - columns
+
+
+def frames_of(height: int, width: int) -> torch.Tensor:
+    return torch.randint(0, 256, (3, height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_crop_of_the_clips_size_is_copied_byte_by_byte():
+    frames = frames_of(40, 60)
+    clip = cut(frames, (4, 7, 32, 32), 32)
+    assert torch.equal(clip, frames[:, 4:36, 7:39])
+    assert clip.is_contiguous()
+    assert torch.equal(cut(frames, (4, 7, 32, 32), 32, mirror=True), clip.flip(2))
+
+
+def test_a_resized_clip_stays_bytes_and_is_antialiased():
+    checkers = (torch.arange(32).unsqueeze(1) + torch.arange(32)) % 2 * 255
+    frames = checkers.to(torch.uint8).view(1, 32, 32, 1).expand(2, -1, -1, 3)
+    clip = cut(frames, (0, 0, 32, 32), 16)
+    assert (clip.dtype, clip.shape, clip.is_contiguous()) == (torch.uint8, (2, 16, 16, 3), True)
+    assert 110 < clip.min() <= clip.max() < 145, "without antialiasing every pixel would be 0 or 255"
+    larger = cut(frames_of(20, 20), (2, 3, 10, 14), 32)
+    assert (larger.dtype, larger.shape) == (torch.uint8, (3, 32, 32, 3))
+
+
+def test_mirroring_takes_half_of_the_clips_and_none_unless_asked():
+    mirrored = sum(is_mirrored(ClipConfig(flip=True), key_for(number)) for number in range(1000))
+    assert 430 < mirrored < 570
+    assert not any(is_mirrored(ClipConfig(flip=False), key_for(number)) for number in range(50))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "exactly one of frame_rate and stride"),
+        ({"frame_rate": 7.5, "stride": 4}, "exactly one of frame_rate and stride"),
+        ({"stride": 4, "frames": 0}, r"data\.clip\.frames"),
+        ({"stride": 4, "size": 0}, r"data\.clip\.size"),
+        ({"stride": 0}, r"data\.clip\.stride must be greater than 0"),
+        ({"frame_rate": 0.0}, r"data\.clip\.frame_rate .* must be greater than 0"),
+        ({"frame_rate": -1.0}, r"data\.clip\.frame_rate .* must be greater than 0"),
+        ({"stride": 4, "scale": (0.0, 1.0)}, r"data\.clip\.scale"),
+        ({"stride": 4, "scale": (0.6, 0.5)}, r"data\.clip\.scale"),
+        ({"stride": 4, "ratio": (1.5, 1.0)}, r"data\.clip\.ratio"),
+    ],
+)
+def test_a_clip_that_cannot_be_cut_is_refused_by_its_field(fields, message):
+    with pytest.raises(Refused, match=message):
+        ClipConfig(**fields).validate()
+    ClipConfig(stride=4).validate()
+    ClipConfig(frame_rate=7.5).validate()

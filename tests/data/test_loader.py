@@ -1,0 +1,307 @@
+"""Batches from real shards: the same clips for any workers and any world, past damaged samples, in one error line."""
+
+import dataclasses
+import functools
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pretrain.data.clips import ClipConfig, frame_indices
+from pretrain.data.loader import (
+    SUBSTITUTES,
+    Batch,
+    DataConfig,
+    EvaluationViews,
+    MicroBatches,
+    Request,
+    TrainingClips,
+    collate,
+    evaluation_batches,
+    training_batches,
+)
+from pretrain.data.order import Order, evaluation_slice
+from pretrain.data.shard_writer import PackedSample, write_shard
+from pretrain.data.shards import Sample, ShardSet
+from pretrain.data.transcode import Transcoded
+from pretrain.data.video import open_video
+from pretrain.errors import Refused, TubeletError
+from pretrain.model.masking import MaskConfig, draw_mask
+from pretrain.model.tubelets import Grid
+
+CLIP = ClipConfig(frames=4, frame_rate=3.0, size=32)
+CONFIG = DataConfig(clip=CLIP, global_batch=4, micro_batch=2, lanes=2, shards_per_window=2, workers=0)
+STEPS = range(1, 5)  # over the end of the first epoch
+DRAW_MASK = functools.partial(draw_mask, MaskConfig(ratio=0.75, decoded=0.5), Grid(2, 4, 4))
+
+
+class Clip(NamedTuple):
+    """One clip of a batch, as bytes that compare."""
+
+    key: str
+    label: int
+    clip: bytes
+    visible: tuple[int, ...]
+    masked: tuple[int, ...]
+
+
+def rebuilt(source: Path, folder: Path, change: Callable[[int, Sample], bytes]) -> Path:
+    """Writes a shard set anew, each video replaced by what `change` makes of its number and sample."""
+    shards = ShardSet.open(source)
+    folder.mkdir()
+    entries, first = [], 0
+    for shard in shards.shards:
+        packed = []
+        for number in range(first, first + shard.samples):
+            sample = shards.read(number)
+            fields = [sample.metadata[name] for name in ("frames", "frame_rate", "height", "width")]
+            video = Transcoded(change(number, sample), *fields)
+            packed.append(PackedSample(sample.key, sample.metadata["source"], sample.label, video))
+        first += shard.samples
+        entries.append(dataclasses.asdict(write_shard(folder / shard.name, packed)))
+    index = json.loads((source / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps({**index, "shards": entries}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shards(packed_shards) -> ShardSet:
+    return ShardSet.open(packed_shards)
+
+
+def order_of(shards: ShardSet) -> Order:
+    return Order(shards.samples_per_shard, 3, CONFIG.lanes, CONFIG.shards_per_window, CONFIG.global_batch)
+
+
+def read(
+    shards: ShardSet, workers: int = 0, world: int = 1, rank: int = 0, repeats: int = 1
+) -> Iterator[tuple[list[Request], Batch]]:
+    """Yields what each micro-batch of a rank asks for and what comes."""
+    config = dataclasses.replace(CONFIG, workers=workers, repeats=repeats)
+    requests = MicroBatches(order_of(shards), STEPS, config.micro_batch, world, rank)
+    batches = training_batches(TrainingClips(shards, config, seed=3, draw_mask=DRAW_MASK), requests)
+    yield from zip(requests, batches, strict=True)
+
+
+def clips_of(batches: Iterator[tuple[list[Request], Batch]]) -> dict[Request, Clip]:
+    clips = {}
+    for requests, batch in batches:
+        rows = zip(batch.keys, batch.labels, batch.clips, batch.visible, batch.masked, strict=True)
+        for request, (key, label, clip, visible, masked) in zip(requests, rows, strict=True):
+            clips[request] = Clip(
+                key, int(label), clip.numpy().tobytes(), tuple(visible.tolist()), tuple(masked.tolist())
+            )
+    return clips
+
+
+@pytest.fixture(scope="module")
+def clips(shards) -> dict[Request, Clip]:
+    """What one process without workers reads."""
+    return clips_of(read(shards))
+
+
+def test_a_batch_holds_what_the_order_asks_for(shards, clips):
+    assert len(clips) == len(STEPS) * CONFIG.global_batch
+    assert {request.epoch for request in clips} == {0, 1, 2}
+    for request, clip in clips.items():
+        sample = shards.read(request.sample)
+        assert (clip.key, clip.label) == (sample.key, sample.label)
+        assert (len(clip.visible), len(clip.masked)) == (8, 12)
+        assert not set(clip.visible) & set(clip.masked)
+    assert len({clip.clip for clip in clips.values()}) == len(clips), "another crop in every epoch"
+    assert len({clip.visible for clip in clips.values()}) > 10
+
+
+def test_a_batch_is_bytes_as_the_model_takes_them(shards):
+    _, batch = next(read(shards))
+    assert (batch.clips.dtype, batch.clips.shape) == (torch.uint8, (2, 4, 32, 32, 3))
+    assert batch.clips.is_contiguous()
+    assert (batch.visible.dtype, batch.masked.dtype, batch.labels.dtype) == (torch.int64,) * 3
+    assert batch.skipped == []
+
+
+def test_workers_and_world_change_no_clip(shards, clips):
+    assert clips_of(read(shards, workers=1)) == clips
+    halves = [clips_of(read(shards, workers=2, world=2, rank=0)), clips_of(read(shards, world=2, rank=1))]
+    assert not halves[0].keys() & halves[1].keys()
+    assert halves[0] | halves[1] == clips
+
+
+def test_a_run_that_starts_later_reads_the_same_clips(shards, clips):
+    requests = MicroBatches(order_of(shards), STEPS[2:], CONFIG.micro_batch, 1, 0)
+    later = clips_of(
+        zip(requests, training_batches(TrainingClips(shards, CONFIG, 3, DRAW_MASK), requests), strict=True)
+    )
+    assert later.items() <= clips.items()
+    assert len(later) == 2 * CONFIG.global_batch
+
+
+def test_another_seed_reads_other_clips(shards):
+    request = Request(0, 0, 0)
+    first, second = (TrainingClips(shards, CONFIG, seed, DRAW_MASK)[request] for seed in (3, 4))
+    assert first.key == second.key
+    assert not torch.equal(first.clips, second.clips) or not np.array_equal(first.visible, second.visible)
+    assert not np.array_equal(first.visible, second.visible)
+
+
+def test_repeats_share_their_frames_and_differ_in_crop_and_mask(shards, clips):
+    """Whole frames, so that a clip tells which frames it shows: the packed square is at another place in each."""
+    requests, batch = next(read(shards, repeats=3))
+    assert (batch.clips.shape[0], len(batch.keys), len(batch.labels)) == (6, 2, 6)
+    for place, request in enumerate(requests):
+        own = slice(3 * place, 3 * place + 3)
+        assert set(batch.labels[own].tolist()) == {clips[request].label}
+        assert batch.clips[3 * place].numpy().tobytes() == clips[request].clip, "the first repeat is the single clip"
+        assert len({clip.numpy().tobytes() for clip in batch.clips[own]}) == 3
+        assert len({tuple(mask.tolist()) for mask in batch.visible[own]}) == 3
+        assert len({tuple(mask.tolist()) for mask in batch.masked[own]}) == 3
+    uncropped = dataclasses.replace(CONFIG, repeats=3, clip=dataclasses.replace(CLIP, crop="center"))
+    for request in requests:
+        first, *others = TrainingClips(shards, uncropped, 3)[request].clips
+        assert all(torch.equal(first, other) for other in others)
+
+
+def test_a_clip_shows_the_frames_that_its_configuration_names(shards):
+    whole = dataclasses.replace(CLIP, crop="center", size=48)
+    number = max(range(len(shards)), key=lambda number: shards.read(number).frames)
+    loaded = TrainingClips(shards, dataclasses.replace(CONFIG, clip=whole), 3)[Request(number, 0, 5)]
+    sample = shards.read(number)
+    frames = torch.from_numpy(open_video(sample.video).read(np.arange(sample.frames)))[:, :, 8:56]
+    starts = [n for n in range(sample.frames - 12) if torch.equal(loaded.clips[0], frames[n : n + 13 : 4])]
+    assert len(starts) == 1, "4 frames a third of a second apart, at 12 stored frames a second"
+    assert not loaded.padded
+
+
+def test_samples_too_short_for_their_window_are_counted(shards):
+    long = dataclasses.replace(CONFIG, clip=dataclasses.replace(CLIP, frames=8))
+    loaded = [TrainingClips(shards, long, 3)[Request(number, 0, number)] for number in range(len(shards))]
+    short = [shards.read(number).frames < 29 for number in range(len(shards))]
+    assert [one.padded for one in loaded] == short
+    assert collate(loaded).padded == sum(short) == 10
+
+
+def test_without_masks_none_are_drawn(shards):
+    batch = collate([TrainingClips(shards, CONFIG, 3)[Request(number, 0, number)] for number in range(2)])
+    assert batch.visible.shape == batch.masked.shape == (2, 0)
+
+
+@pytest.fixture(params=["junk in the shard", "bytes that changed"])
+def damaged(request, packed_shards, tmp_path) -> tuple[ShardSet, int]:
+    """A set in which one sample cannot be decoded, and its number."""
+    folder, number = tmp_path / "damaged", 5
+    if request.param == "junk in the shard":
+        rebuilt(packed_shards, folder, lambda n, sample: b"no video" * 9 if n == number else sample.video)
+        return ShardSet.open(folder), number
+    shutil.copytree(packed_shards, folder)
+    shards = ShardSet.open(folder)
+    shard, place = shards.locate(number)
+    path, index = folder / shards.shards[shard].name, shards.shard_index(shard)
+    content = bytearray(path.read_bytes())
+    content[index.video_offsets[place] + index.video_sizes[place] // 2] ^= 255
+    path.write_bytes(content)
+    return shards, number
+
+
+def test_a_damaged_sample_is_replaced_and_no_other_moves(damaged, clips):
+    shards, number = damaged
+    read_batches = list(read(shards))
+    hit = {request for request in clips if request.sample == number}
+    assert hit, "the steps of this test meet the damaged sample"
+    after = clips_of(read_batches)
+    assert after.keys() == clips.keys()
+    assert {request: clip for request, clip in after.items() if clip != clips[request]}.keys() == hit
+    for request in hit:
+        assert after[request].key != clips[request].key
+        assert (after[request].visible, after[request].masked) == (clips[request].visible, clips[request].masked)
+    reports = [report for _, batch in read_batches for report in batch.skipped]
+    assert {(report["key"], report["epoch"], report["position"]) for report in reports} == {
+        (shards.key(number), request.epoch, request.position) for request in hit
+    }
+    assert all("decord cannot open it" in one["reason"] or "is damaged" in one["reason"] for one in reports)
+    assert clips_of(iter(read_batches)) == clips_of(read(shards)), "the same substitute every time"
+
+
+def test_evaluation_lists_a_damaged_sample_as_an_error_and_goes_on(damaged):
+    shards, number = damaged
+    views = EvaluationViews(shards, CLIP, temporal=2, spatial=3)
+    seen = [one for batch in evaluation_batches(views, *evaluation_slice(len(shards), 1, 0), 4, 0) for one in batch]
+    assert [one.sample for one in seen] == list(range(len(shards)))
+    assert [one.key for one in seen] == [shards.key(n) for n in range(len(shards))]
+    assert [one.label for one in seen] == shards.labels()
+    assert [one.sample for one in seen if one.error is not None] == [number]
+    assert "decord cannot open it" in seen[number].error or "is damaged" in seen[number].error
+    assert all(one.clips.shape == (6, 4, 32, 32, 3) for one in seen)
+    assert not seen[number].clips.any()
+    assert all(one.clips.any() for one in seen if one.error is None)
+
+
+def test_views_are_every_window_in_every_crop(shards):
+    sample = shards.read(len(shards) - 1)
+    config = dataclasses.replace(CLIP, size=48)
+    views = EvaluationViews(shards, config, temporal=3, spatial=2).views(sample)
+    frames = torch.from_numpy(open_video(sample.video).read(np.arange(sample.frames)))
+    windows = [frame_indices(config, sample.frames, sample.frame_rate, moment)[0] for moment in (0, 0.5, 1)]
+    assert windows[0][0] == 0
+    assert windows[2][-1] == sample.frames - 1
+    expected = [frames[torch.from_numpy(window)][:, :, left : left + 48] for window in windows for left in (0, 16)]
+    assert torch.equal(views, torch.stack(expected))
+
+
+def test_fillers_of_an_uneven_evaluation_do_not_count(shards):
+    views = EvaluationViews(shards, CLIP)
+    numbers, counted = evaluation_slice(len(shards), 2, 1)
+    seen = [one for batch in evaluation_batches(views, numbers, counted, 4, 0) for one in batch]
+    assert [(one.sample, one.counted) for one in seen] == [(n, True) for n in range(6, 11)] + [(10, False)]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_set_without_a_good_sample_stops_the_run_in_one_line(packed_shards, tmp_path, workers):
+    shards = ShardSet.open(rebuilt(packed_shards, tmp_path / "junk", lambda number, sample: b"no video" * 9))
+    with pytest.raises(TubeletError) as caught:
+        list(read(shards, workers=workers))
+    message = str(caught.value)
+    assert message.startswith(f"{shards.folder}: {SUBSTITUTES + 1} samples in a row cannot be decoded")
+    assert message.endswith("pack the videos anew")
+    assert "\n" not in message
+
+
+def test_a_refusal_inside_a_worker_stays_a_refusal_in_one_line(packed_shards, tmp_path):
+    folder = tmp_path / "shards"
+    shutil.copytree(packed_shards, folder)
+    shards = ShardSet.open(folder)
+    for index in folder.glob("*.idx"):
+        index.unlink()
+    with pytest.raises(Refused, match=r"^\S+\.idx: missing; copy the whole folder again or repack it$"):
+        list(read(shards, workers=1))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(0, 5), st.integers(0, 5))
+def test_micro_batches_divide_a_rank_s_part_of_each_step(micro_batch, accumulation, world, first, count):
+    order = Order((40, 31), 1, 1, 1, micro_batch * accumulation * world)
+    for rank in range(world):
+        batches = MicroBatches(order, range(first, first + count), micro_batch, world, rank)
+        listed = list(batches)
+        assert len(batches) == len(listed) == count * accumulation
+        assert {len(requests) for requests in listed} <= {micro_batch}
+        flat = [request for requests in listed for request in requests]
+        parts = [order.step(step, world, rank) for step in range(first, first + count)]
+        assert [request.sample for request in flat] == [n for part in parts for n in part.samples.tolist()]
+        assert [request.position for request in flat] == [n for part in parts for n in part.positions.tolist()]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("repeats", 0), ("global_batch", 0), ("micro_batch", -1), ("lanes", 0), ("workers", -1), ("max_bad_share", 1.5)],
+)
+def test_numbers_that_cannot_be_are_refused_by_their_field(field, value):
+    CONFIG.validate()
+    with pytest.raises(Refused, match=rf"data\.{field}: {value}"):
+        dataclasses.replace(CONFIG, **{field: value}).validate()

@@ -1,0 +1,233 @@
+"""The order of samples, point by point as the design states it, over many sizes, lanes, windows and worlds."""
+
+import collections
+import hashlib
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pretrain.data.order import Order, evaluation_slice, nearest_divisor, nearest_multiple
+from pretrain.data.randomness import key_for, permutation
+from pretrain.errors import Refused
+
+EXAMPLES = settings(max_examples=40, deadline=None)
+
+
+@st.composite
+def orders(draw: st.DrawFn) -> Order:
+    sizes = draw(st.lists(st.integers(1, 20), min_size=1, max_size=12))
+    lanes = draw(st.integers(1, min(6, sum(sizes))))
+    per_lane = draw(st.integers(1, min(8, sum(sizes) // lanes)))
+    return Order(tuple(sizes), draw(st.integers(0, 2**40)), lanes, draw(st.integers(1, 4)), lanes * per_lane)
+
+
+def divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def line_of(order: Order) -> np.ndarray:
+    """Point 1 by other means: the shards end to end, as the seed permutes them."""
+    shards = np.split(np.arange(order.samples), np.cumsum(order.samples_per_shard)[:-1])
+    return np.concatenate([shards[shard] for shard in permutation(key_for(order.seed, "shards"), len(shards))])
+
+
+def shard_of(order: Order) -> np.ndarray:
+    return np.repeat(np.arange(len(order.samples_per_shard)), order.samples_per_shard)
+
+
+@EXAMPLES
+@given(orders(), st.integers(0, 3))
+def test_an_epoch_reads_each_sample_once_but_for_the_tail(order, epoch):
+    steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
+    read = np.concatenate([order.step(step).samples for step in steps])
+    assert len(set(read.tolist())) == len(read) == order.samples - order.samples % order.global_batch
+    assert sorted(order.epoch_order(epoch).tolist()) == list(range(order.samples))
+
+
+@EXAMPLES
+@given(orders())
+def test_lanes_are_equal_stretches_of_the_line_of_shards(order):
+    stretches = np.array_split(line_of(order), order.lanes)
+    for lane, stretch in enumerate(stretches):
+        assert np.concatenate(order.lane_pieces[lane]).tolist() == stretch.tolist()
+        assert order.samples_in_lane(lane) == len(stretch)
+    assert max(map(len, stretches)) - min(map(len, stretches)) <= 1
+
+
+@EXAMPLES
+@given(orders(), st.integers(0, 5))
+def test_a_lane_keeps_its_samples_in_every_epoch(order, epoch):
+    for lane in range(order.lanes):
+        assert set(order.lane_order(epoch, lane).tolist()) == set(np.concatenate(order.lane_pieces[lane]).tolist())
+        assert len(order.lane_order(epoch, lane)) == order.samples_in_lane(lane)
+
+
+@EXAMPLES
+@given(orders(), st.integers(0, 3))
+def test_a_shard_window_is_read_whole_before_the_next_begins(order, epoch):
+    shards = shard_of(order)
+    for lane in range(order.lanes):
+        sizes = {int(shards[piece[0]]): len(piece) for piece in order.lane_pieces[lane]}
+        left = shards[order.lane_order(epoch, lane)].tolist()
+        opened = 0
+        while left:
+            pieces = list(dict.fromkeys(left))[: order.shards_per_window]
+            window, left = left[: sum(sizes[p] for p in pieces)], left[sum(sizes[p] for p in pieces) :]
+            # First sight tells the window's shards only if it is shuffled whole: no other shard may come in between.
+            assert collections.Counter(window) == {piece: sizes[piece] for piece in pieces}
+            opened += len(pieces)
+        assert opened == len(sizes)
+
+
+@EXAMPLES
+@given(orders(), st.integers(0, 3))
+def test_lanes_take_turns_in_an_epoch(order, epoch):
+    lanes = [order.lane_order(epoch, lane) for lane in range(order.lanes)]
+    expected = [lanes[p % order.lanes][p // order.lanes] for p in range(order.samples)]
+    assert order.epoch_order(epoch).tolist() == expected
+
+
+@EXAMPLES
+@given(orders(), st.integers(0, 20))
+def test_a_step_takes_the_next_positions_of_its_epoch(order, step):
+    epoch, in_epoch = divmod(step, order.samples // order.global_batch)
+    whole = order.step(step)
+    positions = in_epoch * order.global_batch + np.arange(order.global_batch)
+    assert (whole.epoch, sorted(whole.positions.tolist())) == (epoch, positions.tolist())
+    assert np.array_equal(whole.samples, order.epoch_order(epoch)[whole.positions])
+    assert np.array_equal(whole.places, whole.positions - positions[0])
+
+
+@EXAMPLES
+@given(orders(), st.integers(0, 20))
+def test_every_world_reads_the_same_step_in_the_same_places(order, step):
+    whole = order.step(step)
+    for world in divisors(order.global_batch):
+        parts = [order.step(step, world, rank) for rank in range(world)]
+        assert {part.epoch for part in parts} == {whole.epoch}
+        assert {len(part.places) for part in parts} == {order.global_batch // world}
+        for field in ("places", "positions", "samples"):
+            joined = np.concatenate([getattr(part, field) for part in parts])
+            assert joined.tolist() == getattr(whole, field).tolist()
+    assert sorted(whole.places.tolist()) == list(range(order.global_batch))
+
+
+@EXAMPLES
+@given(orders(), st.integers(0, 20))
+def test_places_in_rank_order_are_grouped_by_lane(order, step):
+    """Point 5: place j stands at (j mod lanes) * (global_batch / lanes) + j div lanes."""
+    places = order.step(step).places
+    for rank_order, j in enumerate(places.tolist()):
+        assert rank_order == j % order.lanes * (order.global_batch // order.lanes) + j // order.lanes
+
+
+class Cluster(NamedTuple):
+    order: Order
+    nodes: int
+    world: int
+
+
+@st.composite
+def clusters(draw: st.DrawFn) -> Cluster:
+    """Shards of equal size, and nodes that divide the lanes."""
+    nodes, lanes_per_node, ranks_per_node = (draw(st.integers(1, 4)) for _ in range(3))
+    shards, size = draw(st.integers(4, 40)), draw(st.integers(4, 12))
+    lanes = nodes * lanes_per_node
+    global_batch = lanes * ranks_per_node
+    if global_batch > shards * size:
+        shards = -(-global_batch // size)
+    order = Order((size,) * shards, draw(st.integers(0, 2**40)), lanes, draw(st.integers(1, 4)), global_batch)
+    return Cluster(order, nodes, nodes * ranks_per_node)
+
+
+@EXAMPLES
+@given(clusters())
+def test_a_node_reads_its_own_lanes_and_few_shards_in_every_epoch(cluster):
+    order, nodes, world = cluster
+    shards = shard_of(order)
+    lanes_per_node = order.lanes // nodes
+    for node in range(nodes):
+        ranks = range(node * world // nodes, (node + 1) * world // nodes)
+        steps = range(2 * order.steps_per_epoch)
+        read = np.concatenate([order.step(step, world, rank).samples for step in steps for rank in ranks])
+        own = range(node * lanes_per_node, (node + 1) * lanes_per_node)
+        assert set(read.tolist()) <= {int(n) for lane in own for piece in order.lane_pieces[lane] for n in piece}
+        assert len(set(shards[read].tolist())) <= 1.1 / nodes * len(order.samples_per_shard) + 2
+
+
+def test_epochs_seeds_and_lanes_are_shuffled_differently():
+    order = Order((16,) * 8, 0, 2, 2, 16)
+    first, second = order.lane_order(0, 0), order.lane_order(1, 0)
+    assert first.tolist() != second.tolist()
+    assert np.mean(np.argsort(first) == np.argsort(second)) < 0.2
+    other_seed = Order((16,) * 8, 1, 2, 2, 16)
+    assert order.epoch_order(0).tolist() != other_seed.epoch_order(0).tolist()
+    ranks = [np.argsort(np.argsort(order.lane_order(0, lane))).tolist() for lane in range(2)]
+    assert ranks[0] != ranks[1]
+
+
+def test_the_pieces_of_a_shard_window_are_mixed():
+    order = Order((16,) * 4, 0, 1, 4, 16)
+    shards = shard_of(order)[order.lane_order(0, 0)]
+    assert np.count_nonzero(np.diff(shards)) > 30, "read one after the other, the shard would change three times"
+    alone = shard_of(order)[Order((16,) * 4, 0, 1, 1, 16).lane_order(0, 0)]
+    assert np.count_nonzero(np.diff(alone)) == 3
+
+
+def test_an_order_never_changes_between_versions():
+    order = Order((5, 9, 1, 7, 12, 3, 8), seed=20, lanes=3, shards_per_window=2, global_batch=12)
+    first = np.concatenate([order.epoch_order(epoch) for epoch in range(3)])
+    assert first[:12].tolist() == [36, 30, 4, 10, 25, 2, 13, 17, 21, 8, 32, 0]
+    steps = np.concatenate([np.concatenate(order.step(step, 2, 1)[1:]) for step in range(8)])
+    content = first.astype("<i8").tobytes() + steps.astype("<i8").tobytes()
+    assert hashlib.sha256(content).hexdigest() == "92e3efee723047bb6265d055668bcb5cc8ace7d50bc1f75d56e26fc3e265ec36"
+
+
+def test_an_epoch_given_as_a_number_of_numpy_is_the_same_epoch():
+    order = Order((9, 7), 3, 2, 1, 4)
+    assert order.lane_order(np.int64(1), 0).tolist() == order.lane_order(1, 0).tolist()
+
+
+@pytest.mark.parametrize(("lanes", "nearest"), [(5, 4), (7, 6), (11, 12), (30, 12), (8, 6)])
+def test_lanes_that_do_not_divide_the_batch_are_refused_with_the_nearest_that_do(lanes, nearest):
+    with pytest.raises(Refused, match=rf"data\.lanes: {lanes} lanes .* data\.global_batch 12; use {nearest}$"):
+        Order((20,), 0, lanes, 1, 12)
+    Order((20,), 0, nearest, 1, 12)
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "lanes", "world", "nearest"), [(8, 1, 3, 9), (10, 1, 4, 8), (8, 8, 3, 24), (2, 2, 5, 10)]
+)
+def test_a_world_that_does_not_divide_the_batch_is_refused_with_a_batch_that_works(global_batch, lanes, world, nearest):
+    with pytest.raises(Refused, match=rf"data\.global_batch: {global_batch} .* {world} processes; use {nearest}$"):
+        Order((40,), 0, lanes, 1, global_batch).step(0, world, 0)
+    Order((40,), 0, lanes, 1, nearest).step(0, world, 0)
+
+
+def test_a_batch_larger_than_the_set_is_refused_with_the_largest_that_fits():
+    with pytest.raises(Refused, match=r"data\.global_batch: 12 is more than the 11 samples .* use at most 11"):
+        Order((4, 4, 3), 0, 1, 1, 12)
+    assert Order((4, 4, 3), 0, 1, 1, 11).steps_per_epoch == 1
+
+
+@EXAMPLES
+@given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 12))
+def test_the_nearest_number_that_works_is_the_nearest(number, wanted, other):
+    divisor, multiple = nearest_divisor(number, wanted), nearest_multiple(number, wanted, other)
+    assert number % divisor == 0
+    assert all(abs(divisor - wanted) <= abs(d - wanted) for d in divisors(number))
+    assert multiple % wanted == multiple % other == 0 < multiple
+    multiples = [m for m in range(1, number + wanted * other + 1) if m % wanted == m % other == 0]
+    assert all(abs(multiple - number) <= abs(m - number) for m in multiples)
+
+
+@EXAMPLES
+@given(st.integers(1, 60), st.integers(1, 9))
+def test_evaluation_counts_each_sample_once_and_keeps_ranks_in_step(samples, world):
+    slices = [evaluation_slice(samples, world, rank) for rank in range(world)]
+    assert sorted(n for numbers, counted in slices for n in numbers[counted].tolist()) == list(range(samples))
+    assert {len(numbers) for numbers, _ in slices} == {-(-samples // world)}
+    assert all(0 <= n < samples for numbers, _ in slices for n in numbers)

@@ -1,0 +1,135 @@
+"""Packing real videos: byte-identical shards, what webdataset reads back, labels, rejected files, and refusals."""
+
+import json
+from pathlib import Path
+
+import pytest
+import webdataset
+
+from pretrain.data.pack import PackConfig, pack
+from pretrain.data.shards import ShardSet
+from pretrain.errors import Refused, TubeletError
+from tests.videos import make_video, truncate
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory) -> Path:
+    """Two classes of four videos each, and one broken file."""
+    folder = tmp_path_factory.mktemp("videos")
+    for number in range(8):
+        name = f"{'jump' if number % 2 else 'run'}/clip.{number}.mp4"
+        make_video(folder / name, frames=8 + number, frame_rate=8, seed=number)
+    truncate(make_video(folder / "run/broken.mp4"), 0.5)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packed(videos, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("packed") / "shards"
+    pack(PackConfig(source=str(videos), out=str(out), samples_per_shard=4, jobs=1))
+    return out
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_two_runs_with_other_jobs_and_another_place_give_the_same_bytes(videos, packed, tmp_path):
+    (tmp_path / "elsewhere").symlink_to(videos)
+    pack(PackConfig(source=str(tmp_path / "elsewhere"), out=str(tmp_path / "out"), samples_per_shard=4, jobs=2))
+    assert content(tmp_path / "out") == content(packed)
+    assert not any(str(videos).encode() in value for value in content(packed).values()), "no path of this machine"
+
+
+def test_webdataset_alone_reads_what_was_packed(packed):
+    shards = ShardSet.open(packed)
+    urls = [str(packed / shard.name) for shard in shards.shards]
+    samples = {sample["__key__"]: sample for sample in webdataset.WebDataset(urls, shardshuffle=False)}
+    assert len(samples) == shards.samples == 8
+    for number in range(shards.samples):
+        ours, theirs = shards.read(number), samples[shards.key(number)]
+        assert (ours.video, str(ours.label).encode()) == (theirs["mp4"], theirs["cls"])
+        assert ours.metadata == json.loads(theirs["json"])
+
+
+def test_labels_sources_and_counts_are_those_of_the_input(packed):
+    shards = ShardSet.open(packed)
+    assert (shards.classes, shards.frame_rate, shards.short_side, shards.resampled) == (
+        ("jump", "run"),
+        None,
+        256,
+        False,
+    )
+    for number, label in enumerate(shards.labels()):
+        sample = shards.read(number)
+        folder, name = sample.metadata["source"].split("/")
+        assert label == sample.label == shards.classes.index(folder)
+        assert sample.frames == sample.metadata["frames"] == 8 + int(name.split(".")[1])
+        assert (sample.frame_rate, sample.metadata["height"], sample.metadata["width"]) == (8, 48, 64)
+
+
+def test_rejected_files_are_listed_and_in_no_shard(packed):
+    (line,) = (packed / "rejected.jsonl").read_text().splitlines()
+    assert json.loads(line)["source"] == "run/broken.mp4"
+    assert "moov atom not found" in json.loads(line)["reason"]
+    shards = ShardSet.open(packed)
+    assert "run/broken.mp4" not in {shards.read(number).metadata["source"] for number in range(shards.samples)}
+
+
+def test_a_finished_pack_says_so_and_a_changed_one_is_refused(videos, packed):
+    before = content(packed)
+    config = {"source": str(videos), "out": str(packed), "samples_per_shard": 4}
+    summary = pack(PackConfig(**config))
+    assert (summary.finished_before, summary.accepted, len(summary.rejected)) == (True, 8, 1)
+    with pytest.raises(Refused, match="packed with short_side 256, now 128"):
+        pack(PackConfig(**config, short_side=128))
+    with pytest.raises(Refused, match="another folder"):
+        pack(PackConfig(**config, unlabelled=True))
+    assert content(packed) == before
+
+
+def test_a_frame_rate_is_given_to_all_and_noted(videos, tmp_path):
+    make_list = tmp_path / "list.txt"
+    make_list.write_text("run/clip.0.mp4 1\njump/clip.1.mp4 0\n")
+    pack(PackConfig(source=str(videos), list=str(make_list), out=str(tmp_path / "out"), fps=4, short_side=32, jobs=1))
+    shards = ShardSet.open(tmp_path / "out")
+    assert (shards.classes, shards.frame_rate, shards.short_side, shards.resampled) == (("0", "1"), 4.0, 32, True)
+    assert {shards.read(number).frame_rate for number in range(2)} == {4.0}
+
+
+def test_an_unlabelled_set_has_no_labels(videos, tmp_path):
+    pack(PackConfig(source=str(videos / "jump"), out=str(tmp_path / "out"), jobs=1))
+    shards = ShardSet.open(tmp_path / "out")
+    assert (shards.labelled, shards.classes, shards.read(0).label) == (False, (), None)
+    assert not list((tmp_path / "out").glob("rejected*"))
+    with pytest.raises(Refused, match="no labels"):
+        shards.labels()
+
+
+def test_a_folder_without_one_good_video_is_refused_and_leaves_nothing(tmp_path):
+    truncate(make_video(tmp_path / "videos/broken.mp4"), 0.5)
+    with pytest.raises(Refused, match="none of the 1 videos can be packed"):
+        pack(PackConfig(source=str(tmp_path / "videos"), out=str(tmp_path / "out"), jobs=1))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_other_things_is_refused_and_untouched(videos, tmp_path):
+    (tmp_path / "thesis.tex").write_text("text")
+    with pytest.raises(Refused, match=r"holds thesis\.tex"):
+        pack(PackConfig(source=str(videos), out=str(tmp_path)))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("short_side", 15), ("short_side", 99), ("fps", 0), ("gop", 0), ("samples_per_shard", 0), ("jobs", -1)],
+)
+def test_options_out_of_range_are_refused_by_name(videos, tmp_path, field, value):
+    with pytest.raises(Refused, match=f"^{field}: "):
+        pack(PackConfig(source=str(videos), out=str(tmp_path / "out"), **{field: value}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_packing_onto_the_videos_is_refused(videos):
+    with pytest.raises(TubeletError, match="is the folder of the videos"):
+        pack(PackConfig(source=str(videos), out=str(videos)))
