@@ -67,7 +67,7 @@ def draw_frames(motion: str, key: int, test: bool = False) -> np.ndarray:
     alpha = np.zeros((SIZE, SIZE, 1))
     alpha[:DIGIT_SIZE, :DIGIT_SIZE, 0] = digit * (0.8 + 0.2 * contrast)
     down, right = MOTIONS[motion]
-    pixels_per_frame = 1.2 + 1.0 * speed
+    pixels_per_frame = 1.5 + 1.0 * speed
     frames = []
     for time in range(FRAMES):
         shift = (

@@ -187,6 +187,15 @@ def test_samples_too_short_for_their_window_are_counted(shards):
     assert collate(loaded).padded == sum(short) == 10
 
 
+def test_clips_of_a_sample_stand_together_with_its_label(shards):
+    labels = shards.labels()
+    numbers = [labels.index(0), labels.index(1)]
+    twice = dataclasses.replace(CONFIG, repeats=2)
+    batch = collate([TrainingClips(shards, twice, 3)[Request(number, 0, number)] for number in numbers])
+    assert batch.labels.tolist() == [0, 0, 1, 1]
+    assert batch.keys == [shards.key(number) for number in numbers]
+
+
 def test_without_masks_none_are_drawn(shards):
     batch = collate([TrainingClips(shards, CONFIG, 3)[Request(number, 0, number)] for number in range(2)])
     assert batch.visible.shape == batch.masked.shape == (2, 0)
@@ -226,6 +235,14 @@ def test_a_damaged_sample_is_replaced_and_no_other_moves(damaged, clips):
     }
     assert all("decord cannot open it" in one["reason"] or "is damaged" in one["reason"] for one in reports)
     assert clips_of(iter(read_batches)) == clips_of(read(shards)), "the same substitute every time"
+
+
+def test_substitutes_are_spread_over_the_set(damaged):
+    shards, number = damaged
+    clips = TrainingClips(shards, CONFIG, 3)
+    used = [clips[Request(number, 0, position)].key for position in range(12)]
+    assert shards.key(number) not in used
+    assert len(set(used)) > 4
 
 
 def test_evaluation_lists_a_damaged_sample_as_an_error_and_goes_on(damaged):

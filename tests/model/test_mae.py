@@ -120,6 +120,12 @@ def test_a_decoded_subset_is_predicted_from_the_visible_tokens_and_its_own_mask_
         assert torch.allclose(subset, rows, atol=1e-6) == is_the_same
 
 
+def test_masked_tokens_are_told_apart_by_their_positions():
+    model, clips = model_of().eval(), clips_of()
+    prediction = model(clips, *masks_of(model)).prediction
+    assert torch.pdist(prediction[0]).min() > 1e-3
+
+
 def test_a_prediction_belongs_to_the_number_of_its_token():
     """The order in which tokens are listed must not matter: only their numbers tell where they stand."""
     model, clips = model_of().eval(), clips_of()
