@@ -11,6 +11,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from PIL import Image
 from sklearn.datasets import load_digits
 
 from pretrain.data.randomness import key_for, permutation, raw_words, uniform
@@ -20,18 +21,19 @@ FRAMES = 20
 FRAME_RATE = 10
 DIGIT_SIZE = 20  # pixels
 BACKGROUNDS = 4
+SPEED = (1.0, 2.0)  # pixels a frame, down and across
 TEST_SHARE = 0.2  # of the handwritten digits, drawn by other people's hands than those of the training clips
 
 # Names of the eight directions, with their (down, right) parts.
 MOTIONS = {
     "down": (1.0, 0.0),
-    "down-left": (0.707, -0.707),
-    "down-right": (0.707, 0.707),
+    "down-left": (1.0, -1.0),
+    "down-right": (1.0, 1.0),
     "left": (0.0, -1.0),
     "right": (0.0, 1.0),
     "up": (-1.0, 0.0),
-    "up-left": (-0.707, -0.707),
-    "up-right": (-0.707, 0.707),
+    "up-left": (-1.0, -1.0),
+    "up-right": (-1.0, 1.0),
 }
 
 
@@ -61,13 +63,13 @@ def draw_frames(motion: str, key: int, test: bool = False) -> np.ndarray:
     """Returns `(FRAMES, SIZE, SIZE, 3)` uint8: one drifting digit; a pure function of its arguments."""
     digits = _digit_images(test)
     digit = digits[int(raw_words(key, 1)[0] % np.uint64(len(digits)))]
-    start_down, start_right, speed, contrast, *colours = uniform(key_for(key, "digit"), 10)
+    start_down, start_right, contrast, speed, *colours = uniform(key_for(key, "digit"), 7)
     background = _texture(key_for("background", int(raw_words(key, 2)[1] % np.uint64(BACKGROUNDS))))
-    ink = np.array(colours[:3]) * 0.5 + 0.5
+    ink = np.array(colours) * 0.3 + 0.7
     alpha = np.zeros((SIZE, SIZE, 1))
     alpha[:DIGIT_SIZE, :DIGIT_SIZE, 0] = digit * (0.8 + 0.2 * contrast)
     down, right = MOTIONS[motion]
-    pixels_per_frame = 1.5 + 1.0 * speed
+    pixels_per_frame = SPEED[0] + (SPEED[1] - SPEED[0]) * speed
     frames = []
     for time in range(FRAMES):
         shift = (
@@ -81,13 +83,13 @@ def draw_frames(motion: str, key: int, test: bool = False) -> np.ndarray:
 
 @functools.cache
 def _digit_images(test: bool) -> np.ndarray:
-    """Returns digits `(n, DIGIT_SIZE, DIGIT_SIZE)` in [0, 1], enlarged without smoothing."""
+    """Returns digits `(n, DIGIT_SIZE, DIGIT_SIZE)` in [0, 1], enlarged smoothly."""
     images = load_digits().images / 16
     chosen = permutation(key_for("digits"), len(images))
     cut = int(len(images) * TEST_SHARE)
     images = images[chosen[:cut] if test else chosen[cut:]]
-    nearest = np.arange(DIGIT_SIZE) * images.shape[1] // DIGIT_SIZE
-    return images[:, nearest][:, :, nearest]
+    enlarged = [Image.fromarray(image.astype(np.float32)).resize((DIGIT_SIZE, DIGIT_SIZE)) for image in images]
+    return np.clip(np.stack([np.asarray(image) for image in enlarged]), 0, 1)
 
 
 def _texture(key: int) -> np.ndarray:
@@ -98,7 +100,7 @@ def _texture(key: int) -> np.ndarray:
     for angle, length, phase in draws[:6].reshape(2, 3):
         along = rows * np.sin(angle * np.pi) + columns * np.cos(angle * np.pi)
         waves += np.sin(2 * np.pi * (along / (8 + 8 * length) + phase)) / 2
-    return 0.35 + 0.3 * waves[..., None] * (0.5 + 0.5 * draws[6:9])
+    return 0.35 + 0.15 * waves[..., None] * (0.5 + 0.5 * draws[6:9])
 
 
 def _write_video(task: tuple[Path, str, int, bool]) -> None:

@@ -289,7 +289,9 @@ def evaluation_batches(
 def _loader(
     dataset: Dataset, requests: Iterable, workers: int, collate_fn: Callable, pin_memory: bool
 ) -> Iterator[Any]:
-    parallel = {"multiprocessing_context": "forkserver", "prefetch_factor": PREFETCHED_BATCHES} if workers else {}
+    parallel: dict[str, Any] = (
+        {"multiprocessing_context": "forkserver", "prefetch_factor": PREFETCHED_BATCHES} if workers else {}
+    )
     loader = DataLoader(
         dataset,
         batch_sampler=requests,

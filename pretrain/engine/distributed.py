@@ -56,6 +56,8 @@ class Processes:
         self.uses_deepspeed = deepspeed is not None
         if self.uses_deepspeed:
             _describe_single_process()
+            if not on_gpu:
+                _spare_compiler()
         grouped = self.uses_deepspeed or launched_world() > 1
         handlers = [InitProcessGroupKwargs(backend="nccl" if on_gpu else "gloo")] if grouped else []
         self.accelerator = Accelerator(
@@ -167,6 +169,13 @@ def _describe_single_process() -> None:
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     if "WORLD_SIZE" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+
+
+def _spare_compiler() -> None:
+    """On CPU, DeepSpeed compiles a kernel that speaks through shared memory, whose ranks spin when one is killed."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _deepspeed_plugin(

@@ -162,10 +162,13 @@ class Encoder(nn.Module):
         return len(self.blocks)
 
     def layer_of(self, name: str) -> int:
-        """Returns a parameter's layer for layer-wise decay: 0 before the blocks, i + 1 in block i, then the rest."""
+        """Returns a parameter's layer for layer-wise decay: 0 before the blocks, i + 1 in block i, then the rest.
+
+        The class token counts among the rest: it is new in finetuning, like the head.
+        """
         if name.startswith("blocks."):
             return int(name.split(".")[1]) + 1
-        return 0 if name.startswith(("embedding.", "positions.", "class_token")) else self.layers + 1
+        return 0 if name.startswith(("embedding.", "positions.")) else self.layers + 1
 
 
 class JointEncoder(Encoder):

@@ -38,7 +38,7 @@ def tube(count: int = 2, ratio: float = 0.75) -> Tensor:
 
 
 @NAMES
-@pytest.mark.parametrize("positions", ["sincos", "learned"])
+@pytest.mark.parametrize("positions", ["sincos", "sincos_separable", "learned"])
 @pytest.mark.parametrize("class_token", [False, True])
 def test_listing_every_token_is_the_same_as_listing_none(name, positions, class_token):
     encoder, clips = encoder_of(name, class_token, positions=positions), clips_of()
@@ -144,7 +144,7 @@ def test_variants_have_their_published_size(variant, millions):
 
 
 @NAMES
-@pytest.mark.parametrize("positions", ["sincos", "learned"])
+@pytest.mark.parametrize("positions", ["sincos", "sincos_separable", "learned"])
 def test_every_parameter_has_its_layer_and_every_layer_its_parameters(name, positions):
     encoder = encoder_of(name, class_token=True, positions=positions)
     layers = {parameter: encoder.layer_of(parameter) for parameter, _ in encoder.named_parameters()}

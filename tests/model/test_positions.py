@@ -6,9 +6,12 @@ import pytest
 import torch
 from transformers.models.videomae.modeling_videomae import get_sinusoid_encoding_table
 
-from pretrain.model.positions import PositionEmbedding, sincos_table
+from pretrain.model.positions import PositionEmbedding, separable_table, sincos_table
+from pretrain.model.tubelets import Grid
 
-KINDS = pytest.mark.parametrize("kind", ["sincos", "learned"])
+FIXED = ["sincos", "sincos_separable"]
+KINDS = pytest.mark.parametrize("kind", [*FIXED, "learned"])
+GRID = Grid(3, 2, 1)
 
 
 @pytest.mark.parametrize(("length", "width"), [(1568, 96), (8, 64), (32, 48), (1, 2)])
@@ -28,7 +31,7 @@ def test_the_table_is_sines_at_even_and_cosines_at_odd_channels():
 @KINDS
 def test_a_token_gets_the_position_of_its_number(kind):
     torch.manual_seed(0)
-    positions, tokens = PositionEmbedding(kind, 6, 8), torch.randn(2, 6, 8)
+    positions, tokens = PositionEmbedding(kind, GRID, 8), torch.randn(2, 6, 8)
     full = positions(tokens)
     torch.testing.assert_close(full - tokens, positions.table.expand(2, -1, -1))
     numbers = torch.tensor([[0, 2, 5], [1, 3, 4]])
@@ -40,19 +43,43 @@ def test_a_token_gets_the_position_of_its_number(kind):
 
 @KINDS
 def test_all_numbers_in_turn_are_the_same_as_none_given(kind):
-    positions, tokens = PositionEmbedding(kind, 6, 8), torch.randn(2, 6, 8)
+    positions, tokens = PositionEmbedding(kind, GRID, 8), torch.randn(2, 6, 8)
     assert torch.equal(positions(tokens), positions(tokens, torch.arange(6).expand(2, -1)))
 
 
+@pytest.mark.parametrize("width", [48, 64, 384, 10])
+def test_the_separable_table_joins_the_tables_of_slot_row_and_column(width):
+    grid = Grid(3, 2, 4)
+    table = separable_table(grid, width)
+    slot_width = width // 8 * 2
+    row_width = (width - slot_width) // 4 * 2
+    for n in range(grid.tokens):
+        slot, position = divmod(n, grid.positions)
+        row, column = divmod(position, grid.columns)
+        parts = (
+            sincos_table(grid.slots, slot_width)[slot],
+            sincos_table(grid.rows, row_width)[row],
+            sincos_table(grid.columns, width - slot_width - row_width)[column],
+        )
+        assert torch.equal(table[n], torch.cat(parts))
+
+
+@pytest.mark.parametrize("kind", FIXED)
+def test_no_two_tokens_of_a_clip_share_a_fixed_position(kind):
+    table = PositionEmbedding(kind, Grid(8, 14, 14), 192).table[0]
+    assert torch.pdist(table).min() > 0.1
+
+
 def test_only_learned_positions_are_weights():
-    assert set(PositionEmbedding("learned", 6, 8).state_dict()) == {"table"}
-    fixed = PositionEmbedding("sincos", 6, 8)
-    assert not fixed.state_dict()
-    assert not list(fixed.parameters())
+    assert set(PositionEmbedding("learned", GRID, 8).state_dict()) == {"table"}
+    for kind in FIXED:
+        fixed = PositionEmbedding(kind, GRID, 8)
+        assert not fixed.state_dict()
+        assert not list(fixed.parameters())
 
 
 def test_learned_positions_start_small_and_distinct():
     torch.manual_seed(0)
-    table = PositionEmbedding("learned", 64, 64).table
+    table = PositionEmbedding("learned", Grid(4, 4, 4), 64).table
     assert 0.015 < table.std() < 0.025
     assert len(table[0].unique(dim=0)) == 64
