@@ -12,8 +12,6 @@ help: ## list the targets
 	@test -d .venv || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --upgrade pip
 	@echo "installing Tubelet into .venv (some minutes, about 6 GB)"
-	@$(BIN)/python -m pip install --quiet torch ninja setuptools wheel
-	@DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation deepspeed
 	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
@@ -28,7 +26,7 @@ lint: .venv/installed ## check the code with ruff
 	@$(BIN)/ruff format --check .
 
 bench: .venv/installed ## measure this machine against peers, as ratios
-	@$(BIN)/python -m pytest tests/benchmarks --override-ini 'addopts=-q -s' --benchmarks
+	@$(BIN)/python -m tests.benchmarks.mae_step
 
 clean: ## remove .venv and runs
 	rm -rf .venv runs

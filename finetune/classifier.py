@@ -111,10 +111,13 @@ def load(folder: str | Path) -> tuple[Classifier, ModelDescription]:
     if "classes" not in content:
         raise Refused(f"{folder}: is an encoder, not a classifier; finetune it first")
     encoder, clip = configs_from(content, folder)
-    head = HeadConfig(**{**content["head"], "hidden": tuple(content["head"]["hidden"])})
-    description = ModelDescription(
-        encoder, clip, head, tuple(content["classes"]), content["short_side"], content["frame_rate"]
-    )
+    try:
+        head = HeadConfig(**{**content["head"], "hidden": tuple(content["head"]["hidden"])})
+        description = ModelDescription(
+            encoder, clip, head, tuple(content["classes"]), content["short_side"], content["frame_rate"]
+        )
+    except (KeyError, TypeError) as error:
+        raise Refused(f"{folder / 'config.json'}: does not describe a classifier ({error}); export it again") from None
     model = description.build()
     try:
         model.load_state_dict(weights)

@@ -38,6 +38,12 @@ class EvaluateConfig:
     workers: int = 2
     """Loader processes for each process."""
 
+    def validate(self) -> None:
+        """Raises `Refused` for numbers that cannot be."""
+        self.views.validate()
+        if self.batch < 1 or self.workers < 0:
+            raise Refused("batch, workers: must be at least 1 and 0")
+
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
@@ -61,7 +67,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     Raises:
         Refused: The model or the shards cannot be read, or their classes differ.
     """
-    config.views.validate()
+    config.validate()
     model, description = load(config.model)
     shards = ShardSet.open(config.shards)
     check_labels(shards, description.classes)
@@ -91,6 +97,8 @@ def check_labels(shards: ShardSet, classes: tuple[str, ...]) -> None:
             f"{shards.folder}: has label {max(labels)}, but the model knows the classes 0 to {len(classes) - 1}; "
             f"evaluate on a set with the same classes"
         )
+    if len(classes) < 2:
+        raise Refused(f"{shards.folder}: a classifier needs two classes or more; pack more class folders")
     if shards.classes[: len(classes)] != classes[: len(shards.classes)]:
         raise Refused(
             f"{shards.folder}: its classes {', '.join(shards.classes[:3])} ... are not the model's "
@@ -159,7 +167,6 @@ def figures_of(results: list[tuple[str, int, np.ndarray | None, str | None]], cl
     accuracy = {
         "top1": multiclass_accuracy(logits, labels, count, average="micro").item() * share,
         "top5": multiclass_accuracy(logits, labels, count, average="micro", top_k=top).item() * share,
-        "mean_class_accuracy": multiclass_accuracy(logits, labels, count, average="macro").item(),
     }
     probabilities = logits.softmax(1)
     for (key, label, _, _), row in zip(decoded, probabilities, strict=True):
@@ -168,6 +175,8 @@ def figures_of(results: list[tuple[str, int, np.ndarray | None, str | None]], cl
             {"key": key, "label": classes[label], "predicted": classes[best], "probability": round(float(row[best]), 4)}
         )
     confusion = multiclass_confusion_matrix(logits.argmax(1), labels, count).numpy()
+    videos = np.bincount([label for _, label, _, _ in results], minlength=count)  # with those that cannot be decoded
+    accuracy["mean_class_accuracy"] = float((confusion.diagonal()[videos > 0] / videos[videos > 0]).mean())
     return Evaluation(accuracy | {"samples": len(results), "errors": errors}, confusion, predictions)
 
 

@@ -24,6 +24,7 @@ from pretrain.model.encoder import EncoderConfig
 from pretrain.report import Section, write_report
 from pretrain.stage import (
     curve_figures,
+    is_finished,
     open_stage,
     open_training_shards,
     order_of,
@@ -68,7 +69,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     if weights:
         load_encoder_weights(model.encoder, weights, find_encoder(config.encoder))
     with start_processes(config) as processes, open_stage(config, processes, "finetune", order, shards) as run:
-        if run.first_step >= steps:
+        if is_finished(run, steps):
             return say_finished(run)
         check = functools.partial(accuracy_on, held_out, config, description, run) if held_out else None
         trained = train(
@@ -83,7 +84,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
             validate_every=config.validation.every,
             export=functools.partial(export_classifier, description, run),
         )
-        summary = summarise(run, steps)
+        summary = summarise(run, max(run.first_step, steps))
         evaluation = evaluate_finally(trained, held_out, config, description, run) if held_out else None
         if evaluation:
             summary |= evaluation.figures

@@ -8,6 +8,9 @@ import argparse
 import importlib.metadata
 import sys
 from collections.abc import Callable
+from typing import NoReturn
+
+from pretrain.errors import Refused
 
 USAGE = """tubelet COMMAND ...
 
@@ -67,7 +70,7 @@ def _pack(arguments: list[str]) -> int:
     from pretrain.engine.progress import set_up_logging
 
     set_up_logging()
-    return run_command(lambda: pack(parse_plain(PackConfig, "pack", _named(arguments, ("source", "out")))))
+    return run_command(lambda: pack(parse_plain(PackConfig, "pack", _named(arguments))))
 
 
 def _evaluate(arguments: list[str]) -> int:
@@ -89,12 +92,12 @@ def _evaluate(arguments: list[str]) -> int:
 def _predict(arguments: list[str]) -> int:
     from pretrain.commandline import run_command
 
-    parser = argparse.ArgumentParser(prog="tubelet predict", allow_abbrev=False)
+    parser = _PredictParser(prog="tubelet predict", allow_abbrev=False)
     parser.add_argument("files", nargs="+", metavar="FILE", help="video files")
     parser.add_argument("--model", required=True, help="model folder or finetuning run")
-    parsed = parser.parse_args(arguments)
 
     def command() -> None:
+        parsed = parser.parse_args(arguments)
         from finetune.predict import predict
 
         for prediction in predict(parsed.model, parsed.files):
@@ -118,12 +121,30 @@ def _demo(arguments: list[str]) -> int:
     return run_command(command)
 
 
-def _named(arguments: list[str], names: tuple[str, ...]) -> list[str]:
-    """Turns leading positional arguments into named ones; jsonargparse's dataclasses know only these."""
-    count = next((place for place, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
-    positional, rest = arguments[:count], arguments[count:]
-    if len(positional) == 1 and "--list" in rest:
-        names = names[-1:]
+class _PredictParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Raises `Refused` in place of printing the usage."""
+        raise Refused(f"{self.prog}: {message}; see {self.prog} --help")
+
+
+def _named(arguments: list[str]) -> list[str]:
+    """Turns SRC and OUT into named arguments; jsonargparse's dataclasses know only these."""
+    positional, rest = [], []
+    waiting = list(reversed(arguments))
+    while waiting:
+        argument = waiting.pop()
+        if not argument.startswith("-"):
+            positional.append(argument)
+            continue
+        rest.append(argument)
+        if argument == "--unlabelled" and (not waiting or waiting[-1] not in ("true", "false")):
+            rest.append("true")
+        elif "=" not in argument and argument not in ("-h", "--help", "--print_config") and waiting:
+            rest.append(waiting.pop())
+    from_list = any(argument.split("=")[0] == "--list" for argument in rest)
+    names = ("out",) if from_list and len(positional) == 1 else ("source", "out")
+    if len(positional) > len(names):
+        raise Refused(f"{positional[len(names)]}: is one folder too many; give SRC and OUT")
     return [part for name, value in zip(names, positional, strict=False) for part in (f"--{name}", value)] + rest
 
 

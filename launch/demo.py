@@ -20,7 +20,7 @@ from finetune.config import FinetuneConfig
 from finetune.evaluate import EvaluateConfig, Evaluation, evaluate, evaluation_sections
 from finetune.finetuning import finetune
 from finetune.probe import features, knn_accuracy
-from launch.digits import MOTIONS, write_videos
+from launch.digits import MOTIONS, Split, write_videos
 from pretrain.commandline import parse
 from pretrain.config import PretrainConfig
 from pretrain.data.pack import PackConfig, pack
@@ -106,14 +106,16 @@ def demo(config: DemoConfig) -> dict[str, Any]:
 
 def make_shards(config: DemoConfig, out: Path) -> None:
     """Makes the videos of all splits and packs them; splits that are packed already are left alone."""
-    for split, count in VIDEOS.items():
-        folder, videos = out / "shards" / split, out / "videos" / split
-        if (folder / "index.json").exists():
-            continue
-        logger.info("making %d %s videos", count, split)
-        write_videos(videos, split, count, config.seed, labelled=split != "unlabelled", jobs=config.jobs)
-        pack(PackConfig(source=str(videos), out=str(folder), short_side=48, samples_per_shard=200, jobs=config.jobs))
-        shutil.rmtree(videos)
+    missing = [name for name in VIDEOS if not (out / "shards" / name / "index.json").exists()]
+    splits = [Split(out / "videos" / name, name, VIDEOS[name], labelled=name != "unlabelled") for name in missing]
+    if not splits:
+        return
+    logger.info("making %d videos", sum(split.count for split in splits))
+    write_videos(splits, config.seed, config.jobs)
+    for split in splits:
+        folder = out / "shards" / split.name
+        pack(PackConfig(source=str(split.folder), out=str(folder), samples_per_shard=200, jobs=config.jobs))
+    shutil.rmtree(out / "videos")
 
 
 def probe(encoder_folder: Path, shards: dict[str, str], seed: int) -> dict[str, float]:

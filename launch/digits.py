@@ -4,6 +4,7 @@ The label is the direction of the drift. Digits leave on one side and come back 
 single frame tells nothing about the label: only motion does. The digits are scikit-learn's copy of the UCI set.
 """
 
+import dataclasses
 import functools
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -16,10 +17,10 @@ from sklearn.datasets import load_digits
 
 from pretrain.data.randomness import key_for, permutation, raw_words, uniform
 
-SIZE = 48  # pixels
+SIZE = 32  # pixels
 FRAMES = 20
 FRAME_RATE = 10
-DIGIT_SIZE = 20  # pixels
+DIGIT_SIZE = 16  # pixels
 BACKGROUNDS = 4
 SPEED = (1.0, 2.0)  # pixels a frame, down and across
 TEST_SHARE = 0.2  # of the handwritten digits, drawn by other people's hands than those of the training clips
@@ -37,24 +38,34 @@ MOTIONS = {
 }
 
 
-def write_videos(folder: Path, split: str, count: int, seed: int, labelled: bool, jobs: int = 2) -> None:
-    """Writes `count` H.264 videos, equally many of each motion.
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Videos to make.
 
-    Args:
-        folder: Where to write; labelled videos go to one folder for each motion.
-        split: Name that keys the videos, so that no two splits share one; `test` takes digits that no other uses.
-        count: Number of videos.
-        seed: Seed of the videos.
-        labelled: Whether the folders tell the motion.
-        jobs: Processes.
+    Attributes:
+        folder: Where to write them; labelled ones go to one folder for each motion.
+        name: Keys the videos, so that no two splits share one; `test` takes digits that no other split uses.
+        count: How many, equally many of each motion.
+        labelled: Whether their folders tell the motion.
     """
+
+    folder: Path
+    name: str
+    count: int
+    labelled: bool
+
+
+def write_videos(splits: list[Split], seed: int, jobs: int = 2) -> None:
+    """Writes the H.264 videos of all splits with `jobs` processes; a pure function of the seed."""
     motions = list(MOTIONS)
     tasks = []
-    for number in range(count):
-        motion = motions[number % len(motions)]
-        parent = folder / motion if labelled else folder
-        parent.mkdir(parents=True, exist_ok=True)
-        tasks.append((parent / f"{number:05d}.mp4", motion, key_for(seed, split, number), split == "test"))
+    for split in splits:
+        for number in range(split.count):
+            motion = motions[number % len(motions)]
+            parent = split.folder / motion if split.labelled else split.folder
+            parent.mkdir(parents=True, exist_ok=True)
+            key = key_for(seed, split.name, number)
+            tasks.append((parent / f"{number:05d}.mp4", motion, key, split.name == "test"))
     with ProcessPoolExecutor(jobs, mp_context=get_context("forkserver")) as pool:
         list(pool.map(_write_video, tasks, chunksize=64))
 

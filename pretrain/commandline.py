@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
 from pretrain.engine.distributed import started_as_main
-from pretrain.errors import EXIT_DONE, Refused, TubeletError
+from pretrain.errors import EXIT_DONE, EXIT_INTERRUPTED, Refused, StoppedByRule, TubeletError
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -93,8 +93,19 @@ def parse_plain(config_class: type[Config], command: str, arguments: list[str]) 
     parser = Parser(prog=f"tubelet {command}", allow_abbrev=False, description=config_class.__doc__)
     parser.add_argument("--config", action=ActionConfigFile, help="a YAML file, or the name of a recipe in configs/")
     parser.add_class_arguments(config_class)
-    values = parser.instantiate(parser.parse_args(arguments))
+    parsed = parser.parse_args(with_underscores(arguments))
+    _refuse_values_of_groups(config_class, parsed)
+    values = parser.instantiate(parsed)
     return config_class(**{field.name: values[field.name] for field in dataclasses.fields(config_class)})
+
+
+def with_underscores(arguments: list[str]) -> list[str]:
+    """Returns arguments with the names of options as fields are written: `--short-side` is `--short_side`."""
+    result = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        result.append((name[:2] + name[2:].replace("-", "_") if name.startswith("--") else name) + equals + value)
+    return result
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -108,19 +119,32 @@ def to_yaml(config: Any) -> str:
 
 
 def run_command(command: Callable[[], Any]) -> int:
-    """Runs a command and returns its exit code; an expected error becomes one line, printed by rank 0."""
+    """Runs a command and returns its exit code; an expected error becomes one line.
+
+    Rank 0 prints it. Another rank prints what rank 0 cannot know: neither bad input, nor a rule, nor what rank 0 told.
+    """
     try:
         command()
     except TubeletError as error:
         logging.getLogger(__name__).debug("traceback", exc_info=error)
-        if started_as_main():
+        known = isinstance(error, Refused | StoppedByRule) or getattr(error, "told", False)
+        if started_as_main() or not known:
             print(f"tubelet: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         if started_as_main():
             print("tubelet: interrupted; start the same command again to go on", file=sys.stderr)
-        return 130
+        return EXIT_INTERRUPTED
     return EXIT_DONE
+
+
+def _refuse_values_of_groups(config_class: Any, parsed: Any, above: str = "") -> None:
+    """Raises `Refused` where a recipe gives one value to a group of fields."""
+    for field in dataclasses.fields(config_class):
+        if dataclasses.is_dataclass(field.type):
+            if not isinstance(parsed[field.name], Namespace):
+                raise Refused(f"{above}{field.name}: holds fields of its own, got {parsed[field.name]}; see --help")
+            _refuse_values_of_groups(field.type, parsed[field.name], f"{above}{field.name}.")
 
 
 def _with_recipe_files(arguments: list[str], stage: str) -> list[str]:

@@ -1,6 +1,7 @@
 """The configuration of a pretraining run: the parts' own dataclasses put together, and what must hold between them."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from pretrain.data.loader import DataConfig
@@ -63,8 +64,10 @@ class RunConfig:
             raise Refused("data.shards: is missing; give a folder that `tubelet pack` wrote")
         if (self.steps is None) == (self.epochs is None):
             raise Refused("steps, epochs: give exactly one of them")
-        if (self.steps or self.epochs) <= 0:
+        if not 0 < (self.epochs if self.steps is None else self.steps) < math.inf:
             raise Refused("steps, epochs: must be greater than 0")
+        if not 0 <= self.seed < 1 << 63:
+            raise Refused(f"seed: {self.seed} must be at least 0 and less than 2 ** 63")
         if self.log_every < 1:
             raise Refused("log_every: must be at least 1")
         self.data.validate()

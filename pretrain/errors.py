@@ -8,6 +8,7 @@ EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
 EXIT_STOPPED = 3
+EXIT_INTERRUPTED = 130
 
 
 class TubeletError(Exception):

@@ -21,6 +21,7 @@ from pretrain.model.masking import MaskConfig, draw_mask
 from pretrain.report import RECONSTRUCTION_NOTE, Figure, Section, filmstrip, paint, visible_pixels, write_report
 from pretrain.stage import (
     curve_figures,
+    is_finished,
     open_stage,
     open_training_shards,
     order_of,
@@ -59,7 +60,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     steps = config.total_steps(order.steps_per_epoch)
     initial = load_model_folder(find_encoder(config.init)) if config.init else None
     with start_processes(config) as processes, open_stage(config, processes, "pretrain", order, shards) as run:
-        if run.first_step >= steps:
+        if is_finished(run, steps):
             return say_finished(run)
         torch.manual_seed(config.seed)
         model = MaskedAutoencoder(encoder_from(config.encoder, config.data.clip), config.decoder)
@@ -80,7 +81,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
             export=functools.partial(export_encoder, config, run),
         )
         strips = save_reconstructions(config, run, model, held_out or shards)
-        summary = summarise(run, steps)
+        summary = summarise(run, max(run.first_step, steps))
         if processes.is_main:
             write_pretraining_report(config, run.out, summary, strips)
         run.finish(summary)

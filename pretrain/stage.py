@@ -1,5 +1,6 @@
 """What pretraining and finetuning share: opening data, processes and the run's folder, training, and the figures."""
 
+import json
 import logging
 from contextlib import AbstractContextManager
 from typing import Any
@@ -15,7 +16,7 @@ from pretrain.data.shards import ShardSet
 from pretrain.engine.distributed import Processes, launched_world
 from pretrain.engine.optimizer import build_optimizer, build_schedule
 from pretrain.engine.progress import set_up_logging
-from pretrain.engine.run import Run, open_run
+from pretrain.engine.run import SKIPPED, Run, open_run
 from pretrain.engine.tracking import read_metrics
 from pretrain.engine.trainer import Objective, Plan, Trainer, Validation
 from pretrain.errors import Refused
@@ -102,7 +103,8 @@ def train(
         first_step=run.first_step,
         steps=steps,
         accumulation=accumulation,
-        clips_per_step=batch * config.data.repeats,
+        samples_per_step=batch,
+        repeats=config.data.repeats,
         seed=config.seed,
         clip_grad=config.optimizer.clip_grad,
         log_every=config.log_every,
@@ -119,7 +121,7 @@ def train(
         objective,
         run.checkpoints,
         run.tracker,
-        run.out / "skipped.jsonl",
+        run.out / SKIPPED,
         run.state,
         validation,
         export,
@@ -128,6 +130,8 @@ def train(
         order, range(run.first_step, steps), config.data.micro_batch, processes.world, processes.rank
     )
     trainer.train(training_batches(clips, requests, pin_memory=processes.device.type == "cuda"), run.state["stage"])
+    if run.first_step >= steps:  # the last attempt ended between its last checkpoint and the export
+        export(model)
     return model
 
 
@@ -146,6 +150,18 @@ def summarise(run: Run, steps: int) -> dict[str, Any]:
         "memory_gib": last.get("memory_gib"),
         "world": run.processes.world,
     }
+
+
+def is_finished(run: Run, steps: int) -> bool:
+    """Whether all steps are done and the final figures, which are written last, are those of the newest checkpoint."""
+
+    def has_final_figures() -> bool:
+        try:
+            return json.loads((run.out / "summary.json").read_text())["steps"] >= run.first_step
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    return run.first_step >= steps and run.processes.on_main(has_final_figures)
 
 
 def say_finished(run: Run) -> dict[str, Any]:

@@ -25,7 +25,8 @@ TIMEOUT_S = 120
 TEMPLATE = """
 import importlib, json, os, signal, sys
 os.environ["DS_ACCELERATOR"] = "cpu"
-import accelerate, deepspeed, finetune.finetuning, finetune.predict, launch.cli, pretrain.pretraining, torch
+import accelerate, decord, deepspeed, deepspeed.runtime.zero.muon.original_muon, deepspeed.runtime.zero.stage3
+import finetune.finetuning, finetune.predict, launch.cli, matplotlib.backends.backend_svg, pretrain.pretraining, torch
 from accelerate.utils import DeepSpeedPlugin
 
 def child(order):

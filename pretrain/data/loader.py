@@ -6,6 +6,9 @@ not be inherited across a fork.
 """
 
 import dataclasses
+import multiprocessing.connection
+import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -312,3 +315,10 @@ def _loader(
 
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_trainer, daemon=True).start()
+
+
+def _end_with_trainer() -> None:
+    """Ends a worker whose trainer was killed; torch watches the parent process, which here is the fork server."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)

@@ -10,8 +10,10 @@ checkpoints of which none can be read is an error, never a fresh start.
 
 import dataclasses
 import errno
+import hashlib
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +107,7 @@ class Checkpoints:
         """Returns size and hash of each file this rank wrote, or the error that stopped it."""
         try:
             if self.processes.uses_deepspeed:
-                model.save_checkpoint(folder, tag="deepspeed", save_latest=False)
+                _save_with_deepspeed(model, folder)
             elif self.processes.is_main:
                 save_file(self.processes.accelerator.unwrap_model(model).state_dict(), folder / "model.safetensors")
                 scaler = self.processes.accelerator.scaler
@@ -136,7 +139,7 @@ class Checkpoints:
             files = {name: entry for report in reports for name, entry in report.items()}
             self._check_complete(temporary, files)
             manifest = {"format": FORMAT_VERSION, "step": step, "state": state, "files": dict(sorted(files.items()))}
-            write_json(temporary / MANIFEST, manifest)
+            write_json(temporary / MANIFEST, manifest | {"sha256": _sha256_of(manifest)})
             if not self.lock.is_held():
                 raise StoppedByRule(f"{self.lock.path}: another job has taken over this run; this one stops")
             if final.exists():
@@ -147,15 +150,19 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         except Exception as error:
-            out_of_space = is_out_of_space(error, self.folder)
+            failure = self._failure(error, final)
             shutil.rmtree(temporary, ignore_errors=True)
-            if out_of_space:
-                raise DiskFull(
-                    f"{final}: no space left on the disk; free some and start again; the checkpoints before are whole"
-                ) from error
-            raise TubeletError(f"{final}: cannot be written: {error}; the checkpoints before it are whole") from error
-        self._prune()
+            raise failure from error
+        self._prune(final)
         logger.info("saved %s", final)
+
+    def _failure(self, error: Exception, folder: Path) -> TubeletError:
+        """Returns what to tell of a failed write; torch.save does not say when the disk was full, so it is asked."""
+        if is_out_of_space(error) or shutil.disk_usage(self.folder).free < 1 << 20:
+            return DiskFull(
+                f"{folder}: no space left on the disk; free some and start again; the checkpoints before are whole"
+            )
+        return TubeletError(f"{folder}: cannot be written: {error}; the checkpoints before it are whole")
 
     def _check_complete(self, folder: Path, files: dict[str, Any]) -> None:
         there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
@@ -174,8 +181,10 @@ class Checkpoints:
             needed += [(rank, (f"zero_pp_rank_{rank}_", "optim_states.pt")) for rank in range(self.processes.world)]
         return needed
 
-    def _prune(self) -> None:
-        for old in step_folders(self.folder)[: -self.keep_last]:
+    def _prune(self, newest: Path) -> None:
+        """Damaged checkpoints of later steps, which resuming passed over, do not count."""
+        done = [folder for folder in step_folders(self.folder) if folder.name <= newest.name]
+        for old in done[: -self.keep_last]:
             shutil.rmtree(old)
 
     def load(self, saved: Saved, model: nn.Module, optimizer: Any) -> None:
@@ -207,6 +216,16 @@ class Checkpoints:
                 f"{saved.folder}: holds another model than the configuration describes ({' '.join(reason[:2])}); "
                 f"start with the configuration that wrote it or another --out"
             ) from None
+
+
+def _save_with_deepspeed(engine: Any, folder: Path) -> None:
+    """Saves; a rank that fails joins the barrier at which DeepSpeed lets the others wait for it, else they wait on."""
+    try:
+        engine.save_checkpoint(folder, tag="deepspeed", save_latest=False)
+    except Exception:
+        if torch.distributed.get_world_size() > 1:
+            torch.distributed.barrier()
+        raise
 
 
 def zero_stage(processes: Processes) -> int:
@@ -245,7 +264,13 @@ def find_checkpoint(folder: Path, resume: str) -> Saved | None:
             raise Refused(f"{folder}: holds checkpoints, and --resume never would bury them; give another --out")
         return None
     if resume != "auto":
-        return verify(Path(resume))
+        saved = verify(Path(resume))
+        newer = [candidate.name for candidate in candidates if candidate.name > f"step-{saved.step:08d}"]
+        if newer:
+            raise Refused(
+                f"{folder}: holds {newer[-1]}, which is newer than {resume}; give another --out or remove what is newer"
+            )
+        return saved
     for candidate in reversed(candidates):
         try:
             return verify(candidate)
@@ -262,16 +287,18 @@ def find_checkpoint(folder: Path, resume: str) -> Saved | None:
 def verify(folder: Path) -> Saved:
     """Compares a checkpoint with its manifest; raises `Refused` that says what is wrong."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = dict(json.loads((folder / MANIFEST).read_text()))
     except FileNotFoundError:
         raise Refused(f"{folder}: has no {MANIFEST}, so it is no complete checkpoint") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, TypeError, OSError) as error:
         raise Refused(f"{folder / MANIFEST}: cannot be read: {error}") from None
     if manifest.get("format") != FORMAT_VERSION:
         raise Refused(
             f"{folder / MANIFEST}: has format {manifest.get('format')}, this Tubelet reads {FORMAT_VERSION}; use the "
             f"Tubelet that wrote it"
         )
+    if manifest.pop("sha256", None) != _sha256_of(manifest):
+        raise Refused(f"{folder / MANIFEST}: was changed since it was written")
     for name, entry in manifest["files"].items():
         path = folder / name
         if not path.is_file():
@@ -283,8 +310,12 @@ def verify(folder: Path) -> Saved:
     return Saved(folder, manifest["step"], manifest["state"])
 
 
-def is_out_of_space(error: Exception, folder: Path) -> bool:
-    """Whether a write failed for want of space; some libraries hide the number of the error."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return shutil.disk_usage(folder).free < 1 << 20
+def is_out_of_space(error: BaseException) -> bool:
+    """Whether a write failed for want of space; safetensors gives the error's text only."""
+    if isinstance(error, OSError):
+        return error.errno in OUT_OF_SPACE
+    return any(os.strerror(number) in str(error) for number in OUT_OF_SPACE)
+
+
+def _sha256_of(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

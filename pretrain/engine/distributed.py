@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pretrain.errors import Refused, TubeletError
 
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_DEEPSPEED")
 Precision = Literal["fp32", "bf16", "fp16"]
 Result = TypeVar("Result")
 
@@ -53,6 +54,7 @@ class Processes:
         from accelerate import Accelerator
         from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
+        self._environment = {name: os.environ.get(name) for name in LAUNCHER_VARIABLES}
         self.uses_deepspeed = deepspeed is not None
         if self.uses_deepspeed:
             _describe_single_process()
@@ -126,6 +128,7 @@ class Processes:
                 error = raised
         error = self.gather_objects(error)[0]
         if error is not None:
+            error.told = not self.is_main  # rank 0 says it for all
             raise error
         return result
 
@@ -152,6 +155,11 @@ class Processes:
         GradientState._reset_state()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+        for name, value in self._environment.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def started_as_main() -> bool:

@@ -5,6 +5,7 @@ is the least one (MAE and VideoMAE scale both).
 """
 
 import dataclasses
+import math
 
 import torch
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
@@ -46,10 +47,10 @@ class OptimizerConfig:
         if self.warmup_epochs is not None and self.warmup_steps is not None:
             raise Refused("optimizer: give one of warmup_epochs and warmup_steps, not both")
         for name in ("base_lr", "eps"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise Refused(f"optimizer.{name} must be greater than 0")
-        for name in ("base_min_lr", "warmup_lr", "weight_decay"):
-            if getattr(self, name) < 0:
+        for name in ("base_min_lr", "warmup_lr", "weight_decay", "warmup_epochs", "warmup_steps"):
+            if not 0 <= (getattr(self, name) or 0) < math.inf:
                 raise Refused(f"optimizer.{name} must not be negative")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise Refused(f"optimizer.betas: {list(self.betas)} must lie in [0, 1)")
@@ -78,10 +79,14 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, global_batch: int
 
     With layer decay, `model` needs a `group_matcher(coarse)` that returns a function from parameter names to layers.
     """
+    # timm knows vectors by one dimension; class and mask tokens have leading ones.
+    vectors = [name for name, parameter in model.named_parameters() if parameter.squeeze().ndim <= 1]
     if config.layer_decay is None:
-        groups = param_groups_weight_decay(model, config.weight_decay)
+        groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=vectors)
     else:
-        groups = param_groups_layer_decay(model, config.weight_decay, layer_decay=config.layer_decay)
+        groups = param_groups_layer_decay(
+            model, config.weight_decay, no_weight_decay_list=vectors, layer_decay=config.layer_decay
+        )
     return torch.optim.AdamW(
         groups, lr=config.learning_rate(global_batch), betas=config.betas, eps=config.eps, weight_decay=0.0
     )

@@ -10,15 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pretrain.engine.checkpoint import Checkpoints, Saved, engine_kind, find_checkpoint
+from pretrain.engine.checkpoint import Checkpoints, Saved, engine_kind, find_checkpoint, is_out_of_space
 from pretrain.engine.distributed import Processes
 from pretrain.engine.ownership import RunLock
-from pretrain.engine.tracking import Tracker, TrackingMode
-from pretrain.errors import EXIT_DONE, EXIT_FAILED, Refused, TubeletError
+from pretrain.engine.tracking import Tracker, TrackingMode, cut_back
+from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, DiskFull, Refused, TubeletError
 from pretrain.files import write_json, write_text
 
 logger = logging.getLogger(__name__)
 
+SKIPPED = "skipped.jsonl"
 LIBRARIES = ("tubelet", "torch", "accelerate", "deepspeed", "timm")
 
 
@@ -97,6 +98,8 @@ def open_run(
         run_id = saved.state.get("run_id") if saved else None
         tracker = Tracker(folder, tracking, config, stage, processes.is_main, run_id)
         tracker.cut_back(saved.step if saved else 0)
+        if processes.is_main:
+            cut_back(folder / SKIPPED, saved.step if saved else 0)
         state = {
             "stage": stage,
             "identity": identity,
@@ -105,10 +108,12 @@ def open_run(
             "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
         }
         yield Run(folder, processes, checkpoints, tracker, state, saved)
-    except BaseException as error:
-        code = error.exit_code if isinstance(error, TubeletError) else EXIT_FAILED
-        _end(folder, tracker, lock, code, f"{type(error).__name__}: {error}", started)
-        raise
+    except BaseException as raised:
+        error = _as_expected(raised, folder)
+        _end(folder, tracker, lock, _exit_code(error), f"{type(error).__name__}: {error}", started)
+        if error is raised:
+            raise
+        raise error from raised
     _end(folder, tracker, lock, EXIT_DONE, "done", started)
 
 
@@ -131,13 +136,28 @@ def _claim(folder: Path) -> RunLock:
         raise Refused(f"{folder}: cannot be written ({error.strerror}); give another --out") from None
 
 
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, TubeletError):
+        return error.exit_code
+    return EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else EXIT_FAILED
+
+
+def _as_expected(error: BaseException, folder: Path) -> BaseException:
+    """Returns what to tell of an error: a full disk may show in any library that writes to the run's folder."""
+    if isinstance(error, TubeletError) or not is_out_of_space(error):
+        return error
+    return DiskFull(f"{folder}: no space left on the disk; free some and start again; its checkpoints are whole")
+
+
 def _end(folder: Path, tracker: Tracker | None, lock: RunLock | None, code: int, reason: str, started: float) -> None:
-    """Closes the run's record; on ranks other than 0 there is no lock and nothing to close."""
+    """Closes the run's record, unless another job owns it by now; ranks other than 0 have no lock, nothing to close."""
     if lock is None:
         return
     if tracker is not None:
         tracker.finish(code)
     with contextlib.suppress(OSError):  # a full disk must not hide why the run ended
+        if not lock.is_held():
+            return
         outcome = {"exit_code": code, "reason": reason, "attempt": lock.owner.attempt}
         write_json(folder / "outcome.json", outcome | {"seconds": round(time.time() - started, 1), "pid": os.getpid()})
         lock.release()

@@ -79,12 +79,9 @@ class Tracker:
         Raises:
             TubeletError: The file cannot be read or rewritten; it is left as it was.
         """
-        if not self._enabled or not self.path.exists():
-            return
-        with self._naming_the_file("rewrite"), replacing(self.path) as temporary, open(temporary, "wb") as file:
-            for line, entry in _lines(self.path):
-                if step > 0 and entry["step"] <= step:
-                    file.write(line)
+        if self._enabled:
+            with self._naming_the_file("rewrite"):
+                cut_back(self.path, step)
 
     def log(self, step: int, metrics: dict[str, float | int | str]) -> None:
         """Appends one line, `{"step": step, ...}`; call it once a step, with all that is known of that step.
@@ -138,6 +135,16 @@ class Tracker:
             raise TubeletError(
                 f"{self.path}: cannot {what} the metrics ({error.strerror}); free or enlarge that disk, then resume"
             ) from error
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Drops the lines of all steps after `step` from a file of JSON lines, if there is one; see `Tracker.cut_back`."""
+    if not path.exists():
+        return
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        for line, entry in _lines(path):
+            if step > 0 and entry["step"] <= step:
+                file.write(line)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

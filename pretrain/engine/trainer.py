@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pretrain.engine.checkpoint import Checkpoints
 from pretrain.engine.distributed import Processes
 from pretrain.engine.progress import Progress
-from pretrain.engine.tracking import Tracker
+from pretrain.engine.tracking import Tracker, read_metrics
 from pretrain.errors import StoppedByRule
 from pretrain.files import append_json_lines
 
@@ -43,7 +43,8 @@ class Plan:
         first_step: Steps done already.
         steps: Steps in the whole run.
         accumulation: Micro-batches in a step.
-        clips_per_step: Clips that all ranks together see in a step.
+        samples_per_step: Samples that all ranks together read in a step.
+        repeats: Clips cut from each sample.
         seed: Seed of dropout, drop path and mixup.
         clip_grad: Greatest gradient norm, or None.
         log_every: Steps between lines of `metrics.jsonl`.
@@ -55,7 +56,8 @@ class Plan:
     first_step: int
     steps: int
     accumulation: int
-    clips_per_step: int
+    samples_per_step: int
+    repeats: int
     seed: int
     clip_grad: float | None
     log_every: int
@@ -74,7 +76,6 @@ class _StepRecord(NamedTuple):
     seconds: float
     data_wait_s: float
     padded: int
-    samples: int
     keys: list[str]
     skipped: list[dict]
     metrics: dict[str, float]
@@ -92,7 +93,7 @@ class Trainer:
         objective: Computes the loss of a batch.
         checkpoints: Writes checkpoints.
         tracker: Writes metrics.
-        skipped_path: File to which rank 0 appends the samples passed over.
+        skipped_path: File to which rank 0 appends the samples passed over; it holds those of the steps before.
         state: What checkpoints note beside the weights.
         validation: Computes figures on held-out samples.
         on_checkpoint: Called by all ranks after each checkpoint, to export weights.
@@ -126,8 +127,8 @@ class Trainer:
         self.state = state
         self.validation = validation
         self.on_checkpoint = on_checkpoint
-        self.samples_read = 0
-        self.samples_skipped = 0
+        self.samples_read = plan.first_step * plan.samples_per_step
+        self.samples_skipped = processes.on_main(lambda: len(read_metrics(skipped_path)))
         self._clock = time.perf_counter()
 
     def train(self, batches: Iterable[Any], description: str) -> None:
@@ -191,6 +192,8 @@ class Trainer:
                     gradient_norm = accelerator.clip_grad_norm_(
                         self.model.parameters(), self.plan.clip_grad or math.inf
                     )
+                    if gradient_norm is None:  # ZeRO 0 computes none unless it clips
+                        gradient_norm = math.nan
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             loss_sum += loss.detach().float()
@@ -202,7 +205,6 @@ class Trainer:
             seconds=self._seconds_since_last(),
             data_wait_s=data_wait_s,
             padded=padded,
-            samples=len(keys),
             keys=keys,
             skipped=skipped,
             metrics={},
@@ -216,15 +218,15 @@ class Trainer:
     def _settle(self, record: _StepRecord, progress: Progress) -> None:
         """Gathers a step's figures from all ranks, stops the run if they ask for it, and logs them."""
         own = [record.loss.item(), record.data_wait_s, record.seconds, memory_gib(self.processes.device)]
-        counts = [record.padded, record.samples, len(record.skipped)]
+        counts = [record.padded, len(record.skipped)]
         gathered = self.processes.gather(torch.tensor([*own, *counts], dtype=torch.float64))
-        loss, data_wait_s, seconds, memory, padded, samples, skipped = gathered.unbind(1)
+        loss, data_wait_s, seconds, memory, padded, skipped = gathered.unbind(1)
         self._stop_if_not_finite(record, loss)
-        self.samples_read += int(samples.sum())
+        self.samples_read += self.plan.samples_per_step
         if skipped.sum() > 0:
             self._note_skipped(record)
         done = record.step + 1
-        clips_per_second = self.plan.clips_per_step / float(seconds.max())
+        clips_per_second = self.plan.samples_per_step * self.plan.repeats / float(seconds.max())
         progress.update(done, float(loss.mean()), clips_per_second)
         if not (record.metrics or self._is_due(done, self.plan.log_every)):
             return
@@ -251,7 +253,7 @@ class Trainer:
         keys = self.processes.gather_objects(record.keys)
         named = "; ".join(f"rank {rank}: {' '.join(keys[rank])}" for rank in bad_ranks)
         raise StoppedByRule(
-            f"the loss of step {record.step} is not finite on {len(bad_ranks)} of {self.processes.world} ranks "
+            f"the loss of step {record.step + 1} is not finite on {len(bad_ranks)} of {self.processes.world} ranks "
             f"(samples of {named}); checkpoints are untouched: lower optimizer.base_lr, set optimizer.clip_grad, or "
             f"look at these samples"
         )
@@ -260,7 +262,7 @@ class Trainer:
         reports = [report for part in self.processes.gather_objects(record.skipped) for report in part]
         self.samples_skipped += len(reports)
         if self.processes.is_main:
-            append_json_lines(self.skipped_path, [{"step": record.step} | report for report in reports])
+            append_json_lines(self.skipped_path, [{"step": record.step + 1} | report for report in reports])
         if self.samples_skipped > max(FEW_SAMPLES, self.plan.max_bad_share * self.samples_read):
             raise StoppedByRule(
                 f"{self.samples_skipped} of {self.samples_read} samples could not be decoded, more than "

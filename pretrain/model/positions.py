@@ -1,11 +1,11 @@
 """Position embeddings: where a token stands in its clip.
 
-    sincos             VideoMAE's (arXiv 2203.12602): the sine-cosine embedding of Vaswani et al. (2017) of the token
-                       number
-    sincos_separable   slot, row and column embedded apart, each in a part of the channels, as MAE (arXiv 2111.06377)
-                       does for images; tokens of one place or one moment are alike from the start, so small models
-                       learn much faster
-    learned            ViT's (arXiv 2010.11929): one vector for each token, trained
+sincos             VideoMAE's (arXiv 2203.12602): the sine-cosine embedding of Vaswani et al. (2017) of the token
+                   number
+sincos_separable   slot, row and column embedded apart, each in a part of the channels, as MAE (arXiv 2111.06377)
+                   does for images; tokens of one place or one moment are alike from the start, so small models
+                   learn much faster
+learned            ViT's (arXiv 2010.11929): one vector for each token, trained
 """
 
 import torch

@@ -1,32 +1,51 @@
 """Pretraining under fire, in real processes: killed again and again, started twice, interrupted, started when done."""
 
 import json
+import os
 import random
 import re
+import shutil
 import signal
+import socket
 from pathlib import Path
 
 import pytest
 
+from launch.cli import main
+from pretrain.data.shards import ShardSet
 from pretrain.engine.tracking import read_metrics
 from tests.runs import Started, run, start, tiny_pretraining
 
-STEPS = 24
+STEPS = 18
 EVERY = 5
+SAME = ("step", "loss", "learning_rate", "gradient_norm", "padded", "skipped")
 VARIANTS = {"one-process": (1, []), "zero2-of-two": (2, ["--deepspeed", "zero2"])}
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory, packed_shards) -> Path:
-    return tiny_pretraining(tmp_path_factory.mktemp("recipe"), packed_shards)
+def shards(tmp_path_factory, packed_shards) -> Path:
+    """Shards with one damaged sample, which every epoch passes over."""
+    folder = tmp_path_factory.mktemp("damaged") / "shards"
+    shutil.copytree(packed_shards, folder)
+    opened = ShardSet.open(folder)
+    with open(folder / opened.shards[1].name, "r+b") as file:
+        file.seek(opened.shard_index(1).video_offsets[2] + 50)
+        file.write(b"damage")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, shards) -> Path:
+    return tiny_pretraining(tmp_path_factory.mktemp("recipe"), shards)
 
 
 def arguments(recipe: Path, out: Path, *more: object) -> list[object]:
-    return ["--config", recipe, "--out", out, "--steps", STEPS, "--checkpoint.every", EVERY, *more]
+    cadence = ["--steps", STEPS, "--checkpoint.every", EVERY, "--data.max_bad_share", 0.5]
+    return ["--config", recipe, "--out", out, *cadence, *more]
 
 
-def losses(out: Path) -> list[tuple[int, float]]:
-    return [(entry["step"], entry["loss"]) for entry in read_metrics(out / "metrics.jsonl")]
+def record(out: Path) -> list[tuple]:
+    return [tuple(entry[name] for name in SAME) for entry in read_metrics(out / "metrics.jsonl")]
 
 
 def lines(out: Path) -> int:
@@ -38,14 +57,33 @@ def encoder(out: Path) -> bytes:
     return (out / "encoder" / "model.safetensors").read_bytes()
 
 
+def outcome(out: Path) -> dict:
+    return json.loads((out / "outcome.json").read_text())
+
+
+def goes_on_from(started: Started) -> list[int]:
+    return [int(step) for step in re.findall(r"going on from step (\d+)", started.text)]
+
+
 @pytest.fixture(scope="module", params=VARIANTS)
 def uninterrupted(request, recipe, tmp_path_factory) -> tuple[str, Path]:
     world, options = VARIANTS[request.param]
     out = tmp_path_factory.mktemp(request.param) / "run"
     done = run("pretrain", arguments(recipe, out, *options), out.parent, world=world)
     assert done.codes == [0] * world, done.text
-    assert [step for step, _ in losses(out)] == list(range(1, STEPS + 1))
     return request.param, out
+
+
+@pytest.fixture(scope="module")
+def finished(recipe, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("finished") / "run"
+    assert main(["pretrain", *map(str, arguments(recipe, out, "--steps", 12))]) == 0
+    return out
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 def test_a_run_killed_three_times_ends_with_the_very_weights_and_losses_of_one_that_was_not(
@@ -54,8 +92,7 @@ def test_a_run_killed_three_times_ends_with_the_very_weights_and_losses_of_one_t
     variant, reference = uninterrupted
     world, options = VARIANTS[variant]
     out = tmp_path / "run"
-    draw = random.Random()
-    kills = sorted(draw.sample(range(EVERY + 1, STEPS), 3))
+    kills = sorted(random.Random().sample(range(EVERY + 1, STEPS), 3))
     resumed = []
     for kill in kills:
         going = start("pretrain", arguments(recipe, out, *options), tmp_path, world=world)
@@ -68,10 +105,101 @@ def test_a_run_killed_three_times_ends_with_the_very_weights_and_losses_of_one_t
     resumed += goes_on_from(last)
     assert len(resumed) == 3, f"kills at {kills} were resumed at {resumed}"
     assert all(step % EVERY == 0 and step > 0 for step in resumed)
-    assert losses(out) == losses(reference), f"kills at {kills}"
+    assert [entry[0] for entry in record(out)] == list(range(1, STEPS + 1)), f"kills at {kills}"
+    assert record(out) == record(reference), f"kills at {kills}"
     assert encoder(out) == encoder(reference), f"kills at {kills}"
-    assert json.loads((out / "outcome.json").read_text())["attempt"] == 4
+    skipped = (out / "skipped.jsonl").read_text()
+    assert skipped.count("\n") > 3
+    assert skipped == (reference / "skipped.jsonl").read_text()
+    assert outcome(out)["attempt"] == 4
 
 
-def goes_on_from(started: Started) -> list[int]:
-    return [int(step) for step in re.findall(r"going on from step (\d+)", started.text)]
+def test_a_finished_run_started_again_says_so_and_changes_nothing(finished, recipe, capsys):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    assert main(["pretrain", *map(str, arguments(recipe, finished, "--steps", 12))]) == 0
+    assert "is finished: step 12 is done; give more --steps to go on" in capsys.readouterr().err
+    changed = {path.name for path, content in before.items() if path.read_bytes() != content}
+    assert changed <= {"outcome.json", "run.lock"}
+    assert outcome(finished)["exit_code"] == 0
+
+
+def test_a_run_killed_between_its_last_checkpoint_and_its_final_figures_still_gets_both(finished, copy, recipe):
+    for name in ("encoder", "pictures"):
+        shutil.rmtree(copy / name)
+    for name in ("summary.json", "report.html", "outcome.json"):
+        (copy / name).unlink()
+    assert main(["pretrain", *map(str, arguments(recipe, copy, "--steps", 12))]) == 0
+    assert encoder(copy) == encoder(finished)
+    assert (copy / "report.html").exists()
+    assert json.loads((copy / "summary.json").read_text()) == json.loads((finished / "summary.json").read_text())
+
+
+def test_a_finished_run_goes_on_when_it_is_given_more_steps(copy, recipe):
+    assert main(["pretrain", *map(str, arguments(recipe, copy, "--steps", 14))]) == 0
+    assert [entry[0] for entry in record(copy)] == list(range(1, 15))
+    assert json.loads((copy / "summary.json").read_text())["steps"] == 14
+
+
+def refusal(capsys, arguments: list[object]) -> str:
+    capsys.readouterr()
+    assert main(["pretrain", *map(str, arguments)]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tubelet: ")]
+    assert len(said) == 1
+    return said[0]
+
+
+def test_what_decides_the_samples_cannot_change_in_the_middle_of_a_run(finished, copy, recipe, packed_shards, capsys):
+    more = ["--steps", 16]
+    assert re.search(
+        r"seed: is 7, but .*step-00000012 was written with 0",
+        refusal(capsys, arguments(recipe, copy, *more, "--seed", 7)),
+    )
+    assert re.search(
+        r"data.global_batch: is 8, but .* was written with 4",
+        refusal(capsys, arguments(recipe, copy, *more, "--data.global_batch", 8)),
+    )
+    other = copy.parent / "other"
+    shutil.copytree(packed_shards, other)
+    index = other / "index.json"
+    index.write_text(index.read_text() + "\n")
+    here, there = ShardSet.open(other).fingerprint, ShardSet.open(packed_shards).fingerprint
+    assert re.search(
+        f"data.shards: is {here}, but .* was written with {there}",
+        refusal(capsys, arguments(recipe, copy, *more, "--data.shards", other)),
+    )
+    assert lines(copy) == lines(finished)
+    assert sorted(os.listdir(copy / "checkpoints")) == sorted(os.listdir(finished / "checkpoints"))
+
+
+def test_never_resuming_refuses_a_folder_that_holds_checkpoints(copy, recipe, capsys):
+    said = refusal(capsys, arguments(recipe, copy, "--resume", "never"))
+    assert "holds checkpoints, and --resume never would bury them; give another --out" in said
+    assert lines(copy) == 12
+
+
+def test_a_named_older_checkpoint_is_refused_while_newer_ones_stand_beside_it(copy, recipe, capsys):
+    older = copy / "checkpoints" / "step-00000010"
+    said = refusal(capsys, arguments(recipe, copy, "--resume", older))
+    assert "holds step-00000012, which is newer" in said
+    shutil.rmtree(copy / "checkpoints" / "step-00000012")
+    assert main(["pretrain", *map(str, arguments(recipe, copy, "--resume", older, "--steps", 11))]) == 0
+    assert [entry[0] for entry in record(copy)] == list(range(1, 12))
+
+
+def test_a_second_start_is_refused_by_name_and_ctrl_c_is_one_line_that_tells_how_to_go_on(recipe, tmp_path, capsys):
+    out = tmp_path / "run"
+    going = start("pretrain", arguments(recipe, out, "--steps", 5000, "--data.workers", 1), tmp_path)
+    going.wait_for(lambda: lines(out) > EVERY)
+    said = refusal(capsys, arguments(recipe, out))
+    assert f"process {going.pids[0]} on {socket.gethostname()} is writing to this run" in said
+    before = lines(out)
+    going.wait_for(lambda: lines(out) > before)
+    going.kill(signal.SIGINT)
+    assert going.wait().code == 130
+    assert "Traceback" not in going.text
+    assert going.text.count("tubelet: ") == 1
+    assert "tubelet: interrupted; start the same command again to go on" in going.text
+    assert outcome(out)["exit_code"] == 130
+    again = run("pretrain", arguments(recipe, out, "--steps", lines(out) + 1), tmp_path)
+    assert again.code == 0, again.text
+    assert goes_on_from(again)

@@ -1,0 +1,95 @@
+"""A disk that fills up while a checkpoint is written: one line, exit code 2, and everything before it whole."""
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pretrain.engine.checkpoint import find_checkpoint, step_folders
+from pretrain.engine.tracking import read_metrics
+from tests.runs import Started, run, start, tiny_pretraining
+
+DISK_BYTES = 24 << 20
+ROOM_BYTES = 300 << 10  # for the record, not for a checkpoint
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Path]:
+    """A small disk of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tubelet-drill", str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk takes root")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture(scope="module")
+def recipe(packed_shards, tmp_path_factory) -> Path:
+    return tiny_pretraining(tmp_path_factory.mktemp("recipe"), packed_shards)
+
+
+def arguments(recipe: Path, out: Path) -> list[object]:
+    larger = ["--encoder.width", 96, "--encoder.depth", 2]
+    return ["--config", recipe, "--out", out, "--steps", 8, "--checkpoint.every", 4, *larger]
+
+
+def fill(disk: Path, room_bytes: int) -> Path:
+    ballast = disk / "ballast"
+    with open(ballast, "wb") as file:
+        file.write(bytes(shutil.disk_usage(disk).free - room_bytes))
+    return ballast
+
+
+def assert_told_in_one_line(full: Started, where: str) -> None:
+    assert full.codes == [2] * len(full.codes), full.text
+    said = [line for output in full.outputs for line in output.read_text().splitlines() if line.startswith("tubelet: ")]
+    assert len(said) == 1
+    assert re.search(f"{where}.*: no space left on the disk; free some and start again", said[0])
+    assert not any("Traceback" in output.read_text() for output in full.outputs)
+
+
+@pytest.mark.parametrize(("world", "options"), [(1, []), (2, ["--deepspeed", "zero2"])])
+def test_a_disk_that_fills_while_saving_costs_nothing_but_the_steps_since(recipe, disk, tmp_path, world, options):
+    reference, out = tmp_path / "reference", disk / "run"
+    if world == 1:  # that two processes resume to the bit is proved in test_resume.py
+        assert run("pretrain", arguments(recipe, reference), tmp_path).code == 0
+    going = start("pretrain", [*arguments(recipe, out), *options], tmp_path, world=world)
+    going.wait_for((out / "checkpoints" / "step-00000004").exists)
+    going.kill()
+    for path in step_folders(out / "checkpoints")[1:]:  # the kill may have come late
+        shutil.rmtree(path)
+    ballast = fill(disk, ROOM_BYTES)
+    full = run("pretrain", [*arguments(recipe, out), *options], tmp_path, world=world)
+    assert_told_in_one_line(full, "step-00000008")
+    assert find_checkpoint(out / "checkpoints", "auto").step == 4
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000004"]
+    ballast.unlink()
+    last = run("pretrain", [*arguments(recipe, out), *options], tmp_path, world=world)
+    assert last.code == 0, last.text
+    assert "going on from step 4" in last.text
+    if world == 1:
+        weights = [(folder / "encoder" / "model.safetensors").read_bytes() for folder in (reference, out)]
+        assert weights[0] == weights[1]
+    assert [entry["step"] for entry in read_metrics(out / "metrics.jsonl")] == list(range(1, 9))
+
+
+def test_a_largest_file_size_that_a_checkpoint_exceeds_is_told_in_one_line(recipe, tmp_path):
+    full = run("pretrain", arguments(recipe, tmp_path / "run"), tmp_path, limit_bytes=200 << 10)
+    assert_told_in_one_line(full, "step-00000004")
+    assert step_folders(tmp_path / "run" / "checkpoints") == []
+
+
+def test_a_disk_that_is_full_from_the_start_is_told_in_one_line(recipe, disk, tmp_path):
+    out = disk / "run"
+    out.mkdir()
+    fill(disk, 0)
+    full = run("pretrain", arguments(recipe, out), tmp_path)
+    assert full.code == 2
+    assert full.text.count("\n") == 1
+    assert str(out) in full.text

@@ -1,0 +1,43 @@
+"""A tiny pretrained encoder and a tiny classifier made from it, once for all tests of finetuning."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.runs import TINY, tiny_pretraining
+
+TINY_FINETUNING = """
+steps: 6
+drop_path: 0.2
+mixing: {mixup: 0.8, cutmix: 1.0}
+checkpoint: {every: 3}
+"""
+
+
+@pytest.fixture(scope="session")
+def pretrained(packed_shards, tmp_path_factory) -> Path:
+    from launch.cli import main
+
+    out = tmp_path_factory.mktemp("pretrained") / "run"
+    recipe = tiny_pretraining(out.parent, packed_shards)
+    assert main(["pretrain", "--config", str(recipe), "--out", str(out), "--steps", "4"]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def finetuning(packed_shards, pretrained, tmp_path_factory) -> list[str]:
+    """The command line of a finetuning run, without --out."""
+    recipe = tmp_path_factory.mktemp("finetuning") / "tiny.yaml"
+    data = f"data:\n  shards: {packed_shards}"
+    recipe.write_text(TINY.replace("data:", data) + TINY_FINETUNING)
+    held_out = ["--validation.shards", str(packed_shards), "--validation.every", "3"]
+    return ["finetune", "--config", str(recipe), "--encoder", str(pretrained), *held_out]
+
+
+@pytest.fixture(scope="session")
+def finetuned(finetuning, tmp_path_factory) -> Path:
+    from launch.cli import main
+
+    out = tmp_path_factory.mktemp("finetuned") / "run"
+    assert main([*finetuning, "--out", str(out)]) == 0
+    return out

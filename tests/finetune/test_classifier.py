@@ -1,0 +1,98 @@
+"""The classifier and its folder: the class token, the head, layers for layer-wise decay, and weights that travel."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune.classifier import Classifier, load
+from finetune.config import HeadConfig
+from pretrain.data.clips import ClipConfig
+from pretrain.engine.optimizer import OptimizerConfig, build_optimizer
+from pretrain.errors import Refused
+from pretrain.model.encoder import EncoderConfig
+from pretrain.weights import encoder_from, load_encoder_weights
+from tests.runs import run
+
+CLIP = ClipConfig(frames=4, stride=1, size=16)
+
+
+def classifier(name: str, pool: str, classes: int = 3, **head) -> Classifier:
+    config = EncoderConfig(name=name, width=32, depth=2, heads=2, temporal_depth=2, tubelet=(2, 8, 8))
+    torch.manual_seed(0)
+    encoder = encoder_from(config, CLIP, class_token=pool == "class_token")
+    return Classifier(encoder, HeadConfig(pool=pool, **head), classes).eval()
+
+
+@pytest.mark.parametrize("name", ["joint", "factorised_encoder"])
+@pytest.mark.parametrize("pool", ["class_token", "mean"])
+def test_every_encoder_with_every_pooling_gives_logits_that_depend_on_the_clip(name, pool):
+    model = classifier(name, pool, hidden=(8,), init_scale=1.0)
+    clips = torch.randint(0, 256, (3, 4, 16, 16, 3), dtype=torch.uint8)
+    logits = model(clips)
+    assert logits.shape == (3, 3)
+    assert not torch.allclose(logits[0], logits[1])
+    logits.sum().backward()
+    unused = [name for name, value in model.named_parameters() if value.requires_grad and value.grad is None]
+    assert not unused, "parameters without a gradient stop data-parallel training"
+
+
+@pytest.mark.parametrize("name", ["joint", "factorised_encoder"])
+def test_a_class_token_is_added_to_an_encoder_that_was_pretrained_without_one(name):
+    without, with_token = classifier(name, "mean").encoder, classifier(name, "class_token").encoder
+    torch.manual_seed(1)
+    weights = {key: torch.randn_like(value) for key, value in without.state_dict().items()}
+    fresh = with_token.class_token.detach().clone()
+    load_encoder_weights(with_token, weights, Path("somewhere"))
+    assert torch.equal(with_token.class_token, fresh)
+    assert all(torch.equal(with_token.state_dict()[key], value) for key, value in weights.items())
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("joint", 2), ("factorised_encoder", 4)])
+def test_layer_decay_scales_from_the_embedding_to_the_head(name, blocks):
+    model = classifier(name, "class_token", hidden=(8,))
+    optimizer = build_optimizer(model, OptimizerConfig(layer_decay=0.5), global_batch=256)
+    scale = {id(parameter): group["lr_scale"] for group in optimizer.param_groups for parameter in group["params"]}
+    scales = {key: scale[id(value)] for key, value in model.named_parameters() if value.requires_grad}
+    assert {value for key, value in scales.items() if key.startswith("encoder.embedding.")} == {0.5 ** (blocks + 1)}
+    assert {value for key, value in scales.items() if key.startswith(("head.", "encoder.class_token"))} == {1.0}
+    for block in range(2):
+        values = {value for key, value in scales.items() if key.startswith(f"encoder.blocks.{block}.")}
+        assert values == {0.5 ** (blocks - block)}
+    if name == "factorised_encoder":
+        for block in range(2):
+            values = {value for key, value in scales.items() if key.startswith(f"encoder.temporal_blocks.{block}.")}
+            assert values == {0.5 ** (blocks - 2 - block)}
+
+
+def test_a_copied_model_folder_gives_the_same_classes_in_a_fresh_process(finetuned, packed_shards, tmp_path):
+    model, description = load(finetuned)
+    assert description.classes == ("jump", "run")
+    folder = Path(shutil.copytree(finetuned / "model", tmp_path / "elsewhere"))
+    video = packed_shards.parent / "videos" / "run" / "2.mp4"
+    told = run("launch", ["predict", video, "--model", folder], tmp_path)
+    assert told.code == 0, told.text
+    assert run("launch", ["predict", video, "--model", finetuned], tmp_path).text == told.text
+    copied, _ = load(folder)
+    clips = torch.randint(0, 256, (2, 4, 16, 16, 3), dtype=torch.uint8)
+    assert torch.equal(copied(clips), model(clips))
+
+
+def test_a_folder_that_is_no_classifier_or_is_damaged_is_refused(finetuned, pretrained, tmp_path):
+    with pytest.raises(Refused, match="is an encoder, not a classifier; finetune it first"):
+        load(pretrained / "encoder")
+    with pytest.raises(Refused, match=r"nowhere: has no config\.json"):
+        load(tmp_path / "nowhere")
+    folder = Path(shutil.copytree(finetuned / "model", tmp_path / "model"))
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"classes": ["one", "two", "three"]}))
+    with pytest.raises(Refused, match=r"config\.json and model\.safetensors do not fit"):
+        load(folder)
+    (folder / "config.json").write_text(json.dumps({key: content[key] for key in content if key != "head"}))
+    with pytest.raises(Refused, match="head"):
+        load(folder)
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1])
+    with pytest.raises(Refused, match="cannot be read"):
+        load(folder)

@@ -1,0 +1,103 @@
+"""Evaluation: each video once in any world, views averaged, and videos that cannot be decoded counted as errors."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from finetune.classifier import load
+from finetune.config import ViewsConfig
+from finetune.evaluate import evaluate_on, figures_of
+from launch.cli import main
+from pretrain.data.loader import EvaluationViews
+from pretrain.data.order import evaluation_slice
+from pretrain.data.shards import ShardSet
+from pretrain.engine.distributed import Processes
+from tests.runs import run
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 16])
+@pytest.mark.parametrize("samples", [1, 7, 11, 12])
+def test_every_sample_is_counted_once_and_all_ranks_take_as_many_steps(samples, world):
+    parts = [evaluation_slice(samples, world, rank) for rank in range(world)]
+    counted = np.concatenate([numbers[counts] for numbers, counts in parts])
+    assert counted.tolist() == list(range(samples))
+    assert len({len(numbers) for numbers, _ in parts}) == 1
+
+
+def test_two_processes_find_what_one_finds(finetuned, packed_shards, tmp_path):
+    views = ["--views.temporal", 2, "--views.spatial", 3]
+    command = ["evaluate", "--model", finetuned, "--shards", packed_shards, *views]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main([str(part) for part in [*command, "--out", one, "--workers", 0]]) == 0
+    started = run("launch", [*command, "--out", two, "--workers", 0, "--batch", 2], tmp_path, world=2)
+    assert started.codes == [0, 0], started.text
+    ours, theirs = (
+        [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()] for out in (two, one)
+    )
+    assert [entry["key"] for entry in ours] == [entry["key"] for entry in theirs]
+    assert len({entry["key"] for entry in ours}) == len(ours) == 11
+    assert (two / "evaluation.json").read_text() == (one / "evaluation.json").read_text()
+
+
+class Brightness(nn.Module):
+    """A model whose logits are the mean brightness of the clip and a constant."""
+
+    def forward(self, clips: torch.Tensor) -> torch.Tensor:
+        brightness = clips.float().mean((1, 2, 3, 4))
+        return torch.stack([brightness, torch.full_like(brightness, 100.0)], 1) / 10
+
+
+def test_the_logits_of_a_videos_views_are_averaged(finetuned, packed_shards):
+    shards = ShardSet.open(packed_shards)
+    _, description = load(finetuned)
+    views = ViewsConfig(temporal=2, spatial=3)
+    with Processes() as processes:
+        found = evaluate_on(
+            Brightness(), shards, description.clip, description.classes, views, processes, batch=4, workers=0
+        )
+    cutter = EvaluationViews(shards, description.clip, 2, 3)
+    for number, entry in enumerate(found.predictions):
+        clips = cutter[number, True].clips
+        assert clips.shape[0] == 6
+        logits = torch.stack([Brightness()(clip[None])[0] for clip in clips]).mean(0)
+        assert entry["probability"] == pytest.approx(logits.softmax(0).max().item(), abs=1e-4)
+        assert entry["predicted"] == description.classes[int(logits.argmax())]
+
+
+def test_a_video_that_cannot_be_decoded_is_listed_and_counted_as_wrong(finetuned, packed_shards, tmp_path):
+    folder = Path(shutil.copytree(packed_shards, tmp_path / "shards"))
+    shards = ShardSet.open(folder)
+    with open(folder / shards.shards[0].name, "r+b") as file:
+        file.seek(shards.shard_index(0).video_offsets[1] + 40)
+        file.write(b"damage")
+    out = tmp_path / "out"
+    command = ["evaluate", "--model", str(finetuned), "--shards", str(folder), "--out", str(out), "--workers", "0"]
+    assert main(command) == 0
+    figures = json.loads((out / "evaluation.json").read_text())
+    assert (figures["samples"], figures["errors"]) == (11, 1)
+    predictions = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    (broken,) = [entry for entry in predictions if "error" in entry]
+    assert broken["key"] == shards.key(1)
+    assert "its checksum differs" in broken["error"]
+    right = sum(entry.get("predicted") == entry["label"] for entry in predictions)
+    assert figures["top1"] == pytest.approx(right / 11)
+
+
+def test_errors_count_as_wrong_in_every_figure():
+    def one(label: int, predicted: int) -> tuple:
+        return "key", label, np.eye(3, dtype=np.float32)[predicted], None
+
+    results = [one(0, 0), one(0, 0), one(1, 1), one(1, 0), ("broken", 0, None, "cut short")]
+    found = figures_of(results, ("a", "b", "c"))
+    assert found.figures["top1"] == pytest.approx(3 / 5)
+    assert found.figures["top5"] == pytest.approx(4 / 5)
+    assert found.figures["mean_class_accuracy"] == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert (found.figures["samples"], found.figures["errors"]) == (5, 1)
+    assert found.confusion.tolist() == [[2, 0, 0], [1, 1, 0], [0, 0, 0]]
+    nothing = figures_of([("broken", 0, None, "cut short")], ("a", "b"))
+    assert nothing.figures["top1"] == nothing.figures["mean_class_accuracy"] == 0

@@ -1,0 +1,135 @@
+"""Finetuning runs: they start from an encoder, go on exactly, and refuse what does not fit."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from timm.data import Mixup
+
+from finetune.finetuning import mix
+from launch.cli import main
+from pretrain.data.clips import ClipConfig
+from pretrain.data.loader import Batch
+from pretrain.engine.tracking import read_metrics
+from pretrain.engine.trainer import seed_draws
+
+
+def refusal(capsys, command: list[str]) -> str:
+    capsys.readouterr()
+    assert main(command) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    return said[0]
+
+
+def test_a_run_leaves_curves_a_model_and_the_accuracy_on_held_out_videos(finetuned):
+    entries = read_metrics(finetuned / "metrics.jsonl")
+    assert [entry["step"] for entry in entries] == [1, 2, 3, 4, 5, 6]
+    assert [entry["step"] for entry in entries if "validation_top1" in entry] == [3, 6]
+    figures = json.loads((finetuned / "evaluation.json").read_text())
+    assert (figures["samples"], figures["errors"]) == (11, 0)
+    summary = json.loads((finetuned / "summary.json").read_text())
+    assert summary["top1"] == figures["top1"]
+    assert json.loads((finetuned / "model" / "config.json").read_text())["classes"] == ["jump", "run"]
+
+
+def test_resuming_with_drop_path_and_mixup_is_exact_to_the_bit(finetuned, finetuning, tmp_path):
+    out = Path(shutil.copytree(finetuned, tmp_path / "run"))
+    for name in ("checkpoints/step-00000006", "model"):
+        shutil.rmtree(out / name)
+    for name in ("summary.json", "evaluation.json"):
+        (out / name).unlink()
+    assert main([*finetuning, "--out", str(out)]) == 0
+    ours, theirs = (
+        [(entry["step"], entry["loss"], entry["gradient_norm"]) for entry in read_metrics(folder / "metrics.jsonl")]
+        for folder in (out, finetuned)
+    )
+    assert ours == theirs
+    for name in ("model/model.safetensors", "evaluation.json"):
+        assert (out / name).read_bytes() == (finetuned / name).read_bytes()
+
+
+def test_a_step_draws_the_same_mixture_whatever_was_drawn_before():
+    batch = Batch(
+        torch.arange(4 * 2 * 8 * 8 * 3).remainder(256).byte().view(4, 2, 8, 8, 3), torch.arange(4), *[None] * 5
+    )
+    mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=4)
+
+    def mixed(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        seed_draws(seed=3, step=step, rank=0, micro_batch=1)
+        return mix(mixup, batch, ClipConfig())
+
+    first = mixed(7)
+    np.random.random(5)
+    assert not torch.equal(mixed(8)[1], first[1])
+    again = mixed(7)
+    assert torch.equal(again[0], first[0])
+    assert torch.equal(again[1], first[1])
+    assert torch.allclose(first[1].sum(1), torch.ones(4))
+
+
+def test_an_unmixed_clip_is_normalised_as_the_encoder_normalises_it():
+    clips = torch.randint(0, 256, (2, 2, 4, 4, 3), dtype=torch.uint8)
+    batch = Batch(clips, torch.tensor([0, 1]), *[None] * 5)
+    clip = ClipConfig()
+    mixed, _ = mix(Mixup(mixup_alpha=0.8, prob=0.0, num_classes=2), batch, clip)
+    expected = (clips / 255 - torch.tensor(clip.mean)) / torch.tensor(clip.std)
+    assert torch.allclose(mixed, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--architecture.width", "64", "architecture.width: is 64, but the encoder in"),
+        ("--data.clip.frames", "8", "data.clip.frames: is 8, but the encoder in"),
+        ("--data.clip.mean", "[0.1,0.1,0.1]", "data.clip.mean: is (0.1, 0.1, 0.1), but the encoder in"),
+        ("--data.micro_batch", "1", "data.micro_batch: mixup pairs a micro-batch's clips, and 1 is odd"),
+        ("--drop_path", "1.5", "drop_path: 1.5 must be at least 0"),
+        ("--encoder", "/nowhere", "/nowhere: holds no encoder"),
+        ("--head.dropout", "1", "head.dropout: 1.0 must be"),
+        ("--views.spatial", "0", "views.temporal, views.spatial: must be at least 1"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(finetuning, tmp_path, capsys, option, value, message):
+    said = refusal(capsys, [*finetuning, "--out", str(tmp_path / "run"), option, value])
+    assert message in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_of_another_shape_than_their_description_are_refused(finetuning, pretrained, tmp_path, capsys):
+    folder = Path(shutil.copytree(pretrained / "encoder", tmp_path / "encoder"))
+    content = json.loads((folder / "config.json").read_text())
+    content["encoder"]["depth"] = 2
+    (folder / "config.json").write_text(json.dumps(content))
+    said = refusal(capsys, [*finetuning, "--out", str(tmp_path / "run"), "--encoder", str(folder)])
+    assert "is an encoder of another shape: it lacks blocks.1." in said
+
+
+def test_shards_without_labels_or_with_other_classes_are_refused(finetuning, packed_shards, tmp_path, capsys):
+    unlabelled = tmp_path / "unlabelled"
+    videos = str(packed_shards.parent / "videos")
+    assert main(["pack", "--short-side", "32", "--jobs=1", videos, str(unlabelled), "--unlabelled"]) == 0
+    said = refusal(capsys, [*finetuning, "--out", str(tmp_path / "run"), "--data.shards", str(unlabelled)])
+    assert f"{unlabelled}: has no labels; pack it from class folders or with --list" in said
+    other = Path(shutil.copytree(packed_shards, tmp_path / "other"))
+    content = json.loads((other / "index.json").read_text())
+    (other / "index.json").write_text(json.dumps(content | {"classes": ["jump", "sing"]}))
+    said = refusal(capsys, [*finetuning, "--out", str(tmp_path / "run"), "--validation.shards", str(other)])
+    assert "its classes jump, sing ... are not the model's jump, run" in said
+    (other / "index.json").write_text(json.dumps(content | {"classes": ["jump"]}))
+    said = refusal(capsys, [*finetuning, "--out", str(tmp_path / "run"), "--data.shards", str(other)])
+    assert "has label 1, but the model knows the classes 0 to 0" in said
+
+
+def test_training_from_scratch_needs_an_architecture(finetuning, tmp_path, capsys):
+    scratch = [*finetuning, "--out", str(tmp_path / "run"), "--encoder", "null"]
+    assert "encoder: is missing; give a pretraining run, or an architecture" in refusal(capsys, scratch)
+    architecture = ["--architecture", "{width: 32, depth: 1, heads: 2, tubelet: [2, 8, 8], name: factorised_encoder}"]
+    layers = ["--optimizer.layer_decay", "0.75", "--head.hidden", "[16]", "--steps", "4"]
+    assert main([*scratch, *architecture, *layers]) == 0
+    losses = [entry["loss"] for entry in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert len(losses) == 4
+    assert np.isfinite(losses).all()
