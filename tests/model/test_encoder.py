@@ -162,7 +162,7 @@ def test_every_parameter_has_its_layer_and_every_layer_its_parameters(name, posi
         elif stack in ("norm", "temporal_positions"):
             assert layer == 2, "the last spatial block's"
         else:
-            assert (stack, layer) == ("class_token", 0)
+            assert (stack, layer) == ("class_token", encoder.layers + 1), "as new as the head"
 
 
 def test_drop_path_rises_over_both_transformers_and_acts_only_in_training():
