@@ -30,7 +30,7 @@ class EvaluateConfig:
     shards: str
     """Folder of labelled shards."""
     out: str | None = None
-    """Folder for evaluation.json, predictions.jsonl and report.html; by default the model's."""
+    """Folder for evaluation.json, predictions.jsonl and report.html; by default `evaluation` in the model's."""
     views: ViewsConfig = dataclasses.field(default_factory=ViewsConfig)
     """Views of each video."""
     batch: int = 8
@@ -62,7 +62,7 @@ class Evaluation:
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
-    """Evaluates a model folder on a set and writes what it found beside the model.
+    """Evaluates a model folder on a set and writes what it found to a folder of its own.
 
     Raises:
         Refused: The model or the shards cannot be read, or their classes differ.
@@ -83,7 +83,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
             config.workers,
         )
         if processes.is_main:
-            write_evaluation(Path(config.out or config.model), evaluation, description.classes, config.shards)
+            write_evaluation(Path(config.out or Path(config.model) / "evaluation"), evaluation, description.classes, config.shards)
     return evaluation
 
 
@@ -190,8 +190,8 @@ def write_evaluation(out: Path, evaluation: Evaluation, classes: tuple[str, ...]
     figures = evaluation.figures
     write_report(
         out / "report.html",
-        title=f"Evaluation of {out.name}",
-        summary=f"{figures['samples']} videos of {Path(shards).name}, {figures['errors']} of them not decodable.",
+        title=f"Evaluation on {Path(shards).name}",
+        summary=f"{figures['samples']} videos, {figures['errors']} of them not decodable.",
         headline=[(f"{100 * figures[name]:.1f} %", label) for name, label in HEADLINE],
         sections=evaluation_sections(evaluation, classes),
     )
