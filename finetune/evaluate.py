@@ -83,7 +83,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
             config.workers,
         )
         if processes.is_main:
-            write_evaluation(Path(config.out or Path(config.model) / "evaluation"), evaluation, description.classes, config.shards)
+            out = Path(config.out) if config.out else Path(config.model) / "evaluation"
+            write_evaluation(out, evaluation, description.classes, config.shards)
     return evaluation
 
 

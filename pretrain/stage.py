@@ -141,7 +141,7 @@ def summarise(run: Run, steps: int) -> dict[str, Any]:
     last = metrics[-1] if metrics else {}
     speeds = [entry["clips_per_second"] for entry in metrics if "clips_per_second" in entry]
     waits = [entry["data_wait_s"] for entry in metrics if "data_wait_s" in entry]
-    return {
+    summary = {
         "steps": steps,
         "loss": last.get("loss"),
         "validation_loss": last.get("validation_loss"),
@@ -150,6 +150,7 @@ def summarise(run: Run, steps: int) -> dict[str, Any]:
         "memory_gib": last.get("memory_gib"),
         "world": run.processes.world,
     }
+    return {name: value for name, value in summary.items() if value is not None}
 
 
 def is_finished(run: Run, steps: int) -> bool:
