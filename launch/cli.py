@@ -19,7 +19,7 @@ USAGE = """tubelet COMMAND ...
   finetune            train a classifier on labelled shards, from an encoder or from scratch
   evaluate            measure a classifier on labelled shards
   predict             name the five most probable classes of video files
-  demo                all of it in a few minutes, on videos that it makes itself
+  demo                all of it in minutes, on videos that it makes itself
 
 tubelet COMMAND --help tells the options of a command."""
 
