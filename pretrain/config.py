@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from typing import Literal
 
 from pretrain.data.loader import DataConfig
 from pretrain.data.order import nearest_divisor, nearest_multiple
@@ -130,6 +129,3 @@ class PretrainConfig(RunConfig):
         self.mask.validate(self.encoder.name, self.grid)
         if self.validation.every < 1 or self.validation.samples < 1:
             raise Refused("validation.every, validation.samples: must be at least 1")
-
-
-Stage = Literal["pretrain", "finetune"]
