@@ -8,8 +8,11 @@ not be inherited across a fork.
 import dataclasses
 import multiprocessing.connection
 import os
+import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pretrain.data.clips import ClipConfig, cut, frame_indices, is_mirrored, training_box, view_box
 from pretrain.data.order import Order
+from pretrain.data.processes import fork_server
 from pretrain.data.randomness import raw_words, sample_key, uniform
 from pretrain.data.shards import Sample, ShardSet
 from pretrain.data.video import open_video
@@ -293,7 +297,7 @@ def _loader(
     dataset: Dataset, requests: Iterable, workers: int, collate_fn: Callable, pin_memory: bool
 ) -> Iterator[Any]:
     parallel: dict[str, Any] = (
-        {"multiprocessing_context": "forkserver", "prefetch_factor": PREFETCHED_BATCHES} if workers else {}
+        {"multiprocessing_context": fork_server(), "prefetch_factor": PREFETCHED_BATCHES} if workers else {}
     )
     loader = DataLoader(
         dataset,
@@ -314,6 +318,8 @@ def _loader(
 
 
 def _start_worker(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = _report
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_trainer, daemon=True).start()
 
@@ -322,3 +328,9 @@ def _end_with_trainer() -> None:
     """Ends a worker whose trainer was killed; torch watches the parent process, which here is the fork server."""
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
+
+
+def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Reports what escapes a worker's threads, but for the trainer's leaving in the middle of taking a batch."""
+    if not isinstance(error, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)

@@ -14,9 +14,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Generic, TypeVar
+
+from pretrain.data.processes import fork_server
 
 AHEAD = 4
 """Tasks in flight or finished but not yet taken, per worker; bounds the memory that results hold."""
@@ -51,9 +52,8 @@ class WorkerPool(Generic[Task, Result]):
         self.executor = self._executor(self.workers)
         self.in_main_thread = threading.current_thread() is threading.main_thread()
         if self.in_main_thread:
-            self.handler_before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the fork server inherits this
-            forkserver.ensure_running()
-            signal.signal(signal.SIGINT, self._interrupt)
+            self.handler_before = signal.signal(signal.SIGINT, self._interrupt)
+            fork_server()
         return self
 
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:

@@ -1,0 +1,26 @@
+"""The fork server that worker processes start from.
+
+Workers must not inherit threads, locks or open decoders, so they are never forked from the process that uses them.
+"""
+
+import multiprocessing
+import signal
+import threading
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
+
+
+def fork_server() -> ForkServerContext:
+    """Starts the fork server if need be, deaf to Ctrl-C, and returns the context that starts processes from it.
+
+    Ctrl-C reaches every process of the terminal's group. Workers inherit the server's deafness from their very first
+    instruction, so only the process that uses them decides what an interruption means. From a thread that is not the
+    main one the handler cannot be changed; workers should therefore ignore SIGINT themselves as well.
+    """
+    if threading.current_thread() is threading.main_thread():
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.signal(signal.SIGINT, handler)
+    return multiprocessing.get_context("forkserver")
