@@ -1,6 +1,7 @@
 """Atomic writes and checksums: a file that Tubelet writes is there whole or not at all."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -58,3 +59,8 @@ def append_json_lines(path: Path, entries: list[Any]) -> None:
     """Appends one line of JSON for each entry, in one write."""
     with open(path, "a") as file:
         file.write("".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+def is_out_of_space(error: OSError) -> bool:
+    """Tells whether a write failed for want of space: a full disk, a spent quota, or a file at its size limit."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
