@@ -18,22 +18,29 @@ from pretrain.data.loader import Batch, TrainingClips
 from pretrain.data.shards import ShardSet
 from pretrain.engine.run import Run
 from pretrain.engine.tracking import read_metrics
-from pretrain.errors import Refused
-from pretrain.files import write_json
+from pretrain.files import sha256_of_file, write_json
 from pretrain.model.encoder import EncoderConfig
 from pretrain.report import Section, write_report
 from pretrain.stage import (
     curve_figures,
     is_finished,
+    named_fields,
+    open_shards,
     open_stage,
-    open_training_shards,
     order_of,
     say_finished,
     start_processes,
     summarise,
     train,
 )
-from pretrain.weights import configs_from, find_encoder, load_encoder_weights, load_model_folder
+from pretrain.weights import (
+    configs_from,
+    find_encoder,
+    load_encoder_weights,
+    load_model_folder,
+    refuse_other_architecture,
+    refuse_other_clip,
+)
 
 
 def finetune(config: FinetuneConfig) -> dict[str, Any]:
@@ -47,10 +54,11 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         StoppedByRule: The run was stopped; its checkpoints are whole.
     """
     config.validate()
-    shards = open_training_shards(config)
+    shards = open_shards("data.shards", config.data.shards, config.data.clip)
     check_labels(shards, shards.classes)
-    held_out = ShardSet.open(config.validation.shards) if config.validation.shards else None
-    if held_out:
+    held_out = None
+    if config.validation.shards:
+        held_out = open_shards("validation.shards", config.validation.shards, config.data.clip)
         check_labels(held_out, shards.classes)
     weights, architecture = starting_point(config)
     architecture.validate(config.data.clip.frames, config.data.clip.size)
@@ -68,11 +76,19 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     model = description.build()
     if weights:
         load_encoder_weights(model.encoder, weights, find_encoder(config.encoder))
-    with start_processes(config) as processes, open_stage(config, processes, "finetune", order, shards) as run:
+    trained = {
+        "encoder": sha256_of_file(find_encoder(config.encoder) / "model.safetensors") if config.encoder else None,
+        **named_fields("architecture", description.encoder),
+        **named_fields("head", config.head),
+    }
+    with (
+        start_processes(config) as processes,
+        open_stage(config, processes, "finetune", order, shards, trained) as run,
+    ):
         if is_finished(run, steps):
             return say_finished(run)
         check = functools.partial(accuracy_on, held_out, config, description, run) if held_out else None
-        trained = train(
+        model = train(
             config,
             run,
             order,
@@ -85,7 +101,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
             export=functools.partial(export_classifier, description, run),
         )
         summary = summarise(run, max(run.first_step, steps))
-        evaluation = evaluate_finally(trained, held_out, config, description, run) if held_out else None
+        evaluation = evaluate_finally(model, held_out, config, description, run) if held_out else None
         if evaluation:
             summary |= evaluation.figures
         if processes.is_main:
@@ -105,31 +121,9 @@ def starting_point(config: FinetuneConfig) -> tuple[dict[str, Tensor] | None, En
     folder = find_encoder(config.encoder)
     weights, content = load_model_folder(folder)
     architecture, clip = configs_from(content, folder)
-    wanted = config.architecture.resolved() if config.architecture else architecture
-    refuse_other_architecture(folder, architecture, wanted)
+    refuse_other_architecture("architecture", folder, architecture, config.architecture or architecture)
     refuse_other_clip(folder, clip, config.data.clip)
     return weights, architecture
-
-
-def refuse_other_architecture(folder: Path, found: EncoderConfig, wanted: EncoderConfig) -> None:
-    """Raises `Refused` unless two architectures are alike in everything that shapes weights."""
-    for field in dataclasses.fields(EncoderConfig):
-        ours, theirs = getattr(wanted, field.name), getattr(found, field.name)
-        if field.name not in ("drop_path", "variant") and ours != theirs:
-            raise Refused(
-                f"architecture.{field.name}: is {ours}, but the encoder in {folder} has {theirs}; leave architecture "
-                f"out to take the encoder's own"
-            )
-
-
-def refuse_other_clip(folder: Path, found: ClipConfig, wanted: ClipConfig) -> None:
-    """Raises `Refused` unless clips have the shape and the colours that the encoder was pretrained with."""
-    for name in ("frames", "size", "mean", "std"):
-        if getattr(found, name) != getattr(wanted, name):
-            raise Refused(
-                f"data.clip.{name}: is {getattr(wanted, name)}, but the encoder in {folder} was pretrained with "
-                f"{getattr(found, name)}; use that"
-            )
 
 
 def build_objective(config: FinetuneConfig, classes: int) -> Any:

@@ -22,8 +22,9 @@ from pretrain.report import RECONSTRUCTION_NOTE, Figure, Section, filmstrip, pai
 from pretrain.stage import (
     curve_figures,
     is_finished,
+    named_fields,
+    open_shards,
     open_stage,
-    open_training_shards,
     order_of,
     say_finished,
     start_processes,
@@ -31,11 +32,14 @@ from pretrain.stage import (
     train,
 )
 from pretrain.weights import (
+    configs_from,
     describe_encoder,
     encoder_from,
     find_encoder,
     load_encoder_weights,
     load_model_folder,
+    refuse_other_architecture,
+    refuse_other_clip,
     save_model_folder,
 )
 
@@ -54,18 +58,25 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         StoppedByRule: The run was stopped; its checkpoints are whole.
     """
     config.validate()
-    shards = open_training_shards(config)
-    held_out = ShardSet.open(config.validation.shards) if config.validation.shards else None
+    shards = open_shards("data.shards", config.data.shards, config.data.clip)
+    held_out = None
+    if config.validation.shards:
+        held_out = open_shards("validation.shards", config.validation.shards, config.data.clip)
     order = order_of(config, shards)
     steps = config.total_steps(order.steps_per_epoch)
-    initial = load_model_folder(find_encoder(config.init)) if config.init else None
-    with start_processes(config) as processes, open_stage(config, processes, "pretrain", order, shards) as run:
+    initial = initial_weights(config) if config.init else None
+    trained = {
+        **named_fields("encoder", config.encoder.resolved()),
+        **named_fields("decoder", config.decoder),
+        **named_fields("mask", config.mask),
+    }
+    with start_processes(config) as processes, open_stage(config, processes, "pretrain", order, shards, trained) as run:
         if is_finished(run, steps):
             return say_finished(run)
         torch.manual_seed(config.seed)
         model = MaskedAutoencoder(encoder_from(config.encoder, config.data.clip), config.decoder)
         if initial and not run.saved:
-            load_encoder_weights(model.encoder, initial[0], find_encoder(config.init))
+            load_encoder_weights(model.encoder, initial, find_encoder(config.init))
         validation = functools.partial(reconstruction_loss_on, held_out, config, processes) if held_out else None
         draw = functools.partial(draw_mask, config.mask, config.grid)
         model = train(
@@ -86,6 +97,16 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
             write_pretraining_report(config, run.out, summary, strips)
         run.finish(summary)
         return summary
+
+
+def initial_weights(config: PretrainConfig) -> dict[str, Tensor]:
+    """Returns the weights of `config.init`; raises `Refused` if they were trained as another encoder."""
+    folder = find_encoder(config.init)
+    weights, description = load_model_folder(folder)
+    architecture, clip = configs_from(description, folder)
+    refuse_other_architecture("encoder", folder, architecture, config.encoder)
+    refuse_other_clip(folder, clip, config.data.clip)
+    return weights
 
 
 def reconstruction_loss(model: nn.Module, batch: Batch) -> Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 
 from pretrain.commandline import find_recipe, to_dict, to_yaml
 from pretrain.config import RunConfig
+from pretrain.data.clips import ClipConfig
 from pretrain.data.loader import MicroBatches, TrainingClips, training_batches
 from pretrain.data.order import Order
 from pretrain.data.shards import ShardSet
@@ -25,13 +26,25 @@ from pretrain.report import Figure, curves
 logger = logging.getLogger(__name__)
 
 
-def open_training_shards(config: RunConfig) -> ShardSet:
-    """Opens the training set; raises `Refused` if the clip's stride means nothing on it."""
-    shards = ShardSet.open(config.data.shards)
-    if config.data.clip.stride is not None and shards.resampled:
+def open_shards(field: str, path: str, clip: ClipConfig) -> ShardSet:
+    """Opens a set of shards to cut clips from.
+
+    Args:
+        field: The field that names the set, such as `data.shards`.
+        path: The set's folder.
+        clip: The clips.
+
+    Raises:
+        Refused: The set cannot be opened, or the clip's stride means nothing on it.
+    """
+    try:
+        shards = ShardSet.open(path)
+    except Refused as error:
+        raise Refused(f"{field}: {error}") from error
+    if clip.stride is not None and shards.resampled:
         raise Refused(
-            f"data.clip.stride: {config.data.shards} was packed with --fps, so stored frames are not the source's; "
-            f"give data.clip.frame_rate instead"
+            f"data.clip.stride: {field} {path} was packed with --fps, so stored frames are not the source's; give "
+            f"data.clip.frame_rate instead"
         )
     return shards
 
@@ -53,16 +66,37 @@ def start_processes(config: RunConfig) -> Processes:
     return processes
 
 
+def named_fields(name: str, config: Any) -> dict[str, Any]:
+    """Returns the fields of a dataclass under their full names, with values as JSON holds them."""
+    return {f"{name}.{field}": value for field, value in to_dict(config).items()}
+
+
 def open_stage(
-    config: RunConfig, processes: Processes, stage: str, order: Order, shards: ShardSet
+    config: RunConfig,
+    processes: Processes,
+    stage: str,
+    order: Order,
+    shards: ShardSet,
+    trained: dict[str, Any],
 ) -> AbstractContextManager[Run]:
-    """Opens the run's folder; see `open_run`."""
+    """Opens the run's folder; see `open_run`.
+
+    Args:
+        config: The run's configuration.
+        processes: All processes of the run.
+        stage: `pretrain` or `finetune`.
+        order: The order of the samples.
+        shards: The training set.
+        trained: What is trained, by the full names of its fields. Like the samples and their order it must not change
+            between attempts.
+    """
     identity = {
         "data.shards": shards.fingerprint,
         "seed": config.seed,
         "data.global_batch": order.global_batch,
         "data.lanes": order.lanes,
         "data.shards_per_window": order.shards_per_window,
+        **trained,
     }
     return open_run(
         config.out,

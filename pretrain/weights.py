@@ -69,16 +69,57 @@ def configs_from(description: dict[str, Any], folder: Path) -> tuple[EncoderConf
         raise Refused(f"{folder / 'config.json'}: does not describe an encoder ({error}); export it again") from None
 
 
-def find_encoder(place: str) -> Path:
-    """Returns the encoder's folder for a run's folder or an encoder's own; raises `Refused` if there is none."""
-    for folder in (Path(place) / "encoder", Path(place)):
+def find_encoder(path: str) -> Path:
+    """Returns the folder of an encoder.
+
+    Args:
+        path: That folder, or a pretraining run's.
+
+    Raises:
+        Refused: There is no encoder.
+    """
+    for folder in (Path(path) / "encoder", Path(path)):
         if (folder / "config.json").is_file():
             return folder
-    raise Refused(f"{place}: holds no encoder; give a pretraining run or a folder with config.json")
+    raise Refused(f"{path}: holds no encoder; give a pretraining run or a folder with config.json")
+
+
+def refuse_other_architecture(field: str, folder: Path, found: EncoderConfig, wanted: EncoderConfig) -> None:
+    """Refuses an encoder whose weights mean something else in another architecture, even where their shapes agree.
+
+    Args:
+        field: The field that describes the wanted architecture.
+        folder: The encoder's folder.
+        found: Its architecture.
+        wanted: The architecture to put its weights into.
+
+    Raises:
+        Refused: The two differ in more than drop path.
+    """
+    found, wanted = found.resolved(), wanted.resolved()
+    for name in (one.name for one in dataclasses.fields(EncoderConfig)):
+        ours, theirs = getattr(wanted, name), getattr(found, name)
+        if name not in ("drop_path", "variant") and ours != theirs:
+            raise Refused(f"{field}.{name}: is {ours}, but the encoder in {folder} has {theirs}; use that")
+
+
+def refuse_other_clip(folder: Path, found: ClipConfig, wanted: ClipConfig) -> None:
+    """Raises `Refused` unless clips have the shape and the colours that the encoder in `folder` was pretrained with."""
+    for name in ("frames", "size", "mean", "std"):
+        if getattr(found, name) != getattr(wanted, name):
+            raise Refused(
+                f"data.clip.{name}: is {getattr(wanted, name)}, but the encoder in {folder} was pretrained with "
+                f"{getattr(found, name)}; use that"
+            )
 
 
 def load_encoder_weights(encoder: Encoder, weights: dict[str, Tensor], folder: Path) -> None:
     """Puts pretrained weights into an encoder; a class token that was not pretrained keeps its fresh value.
+
+    Args:
+        encoder: The encoder, with fresh weights.
+        weights: Pretrained weights by the encoder's own names.
+        folder: Where they come from, to tell what is wrong.
 
     Raises:
         Refused: The weights belong to an encoder of another shape.
