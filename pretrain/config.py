@@ -3,6 +3,8 @@
 import dataclasses
 import math
 
+import numpy as np
+
 from pretrain.data.loader import DataConfig
 from pretrain.data.order import nearest_divisor, nearest_multiple
 from pretrain.engine.checkpoint import CheckpointConfig
@@ -26,6 +28,15 @@ class ValidationConfig:
     """Steps between validations."""
     samples: int = 1024
     """Held-out samples that are used, at most."""
+
+    def validate(self) -> None:
+        """Raises `Refused` for numbers below 1."""
+        if self.every < 1 or self.samples < 1:
+            raise Refused("validation.every, validation.samples: must be at least 1")
+
+    def chosen(self, samples: int) -> np.ndarray:
+        """Returns the numbers of the samples that are used, ascending and spread evenly over a set of `samples`."""
+        return np.linspace(0, samples - 1, min(self.samples, samples)).astype(np.int64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,5 +138,4 @@ class PretrainConfig(RunConfig):
         self.encoder.validate(self.data.clip.frames, self.data.clip.size)
         self.decoder.validate()
         self.mask.validate(self.encoder.name, self.grid)
-        if self.validation.every < 1 or self.validation.samples < 1:
-            raise Refused("validation.every, validation.samples: must be at least 1")
+        self.validation.validate()

@@ -118,7 +118,7 @@ def reconstruction_loss_on(
     held_out: ShardSet, config: PretrainConfig, processes: Processes, model: nn.Module
 ) -> dict[str, float]:
     """Returns the mean loss over held-out samples, with the same crops and masks at every call."""
-    chosen = np.linspace(0, held_out.samples - 1, min(config.validation.samples, held_out.samples)).astype(np.int64)
+    chosen = config.validation.chosen(held_out.samples)
     numbers, counted = evaluation_slice(len(chosen), processes.world, processes.rank)
     views = EvaluationViews(held_out, config.data.clip)
     total = torch.zeros(2, dtype=torch.float64)

@@ -41,12 +41,17 @@ def open_shards(field: str, path: str, clip: ClipConfig) -> ShardSet:
         shards = ShardSet.open(path)
     except Refused as error:
         raise Refused(f"{field}: {error}") from error
+    refuse_stride_on_resampled(field, shards, clip)
+    return shards
+
+
+def refuse_stride_on_resampled(field: str, shards: ShardSet, clip: ClipConfig) -> None:
+    """Raises `Refused` where a clip counts stored frames on a set whose frames packing chose."""
     if clip.stride is not None and shards.resampled:
         raise Refused(
-            f"data.clip.stride: {field} {path} was packed with --fps, so stored frames are not the source's; give "
-            f"data.clip.frame_rate instead"
+            f"data.clip.stride: {field} {shards.folder} was packed with --fps, so stored frames are not the source's; "
+            f"give data.clip.frame_rate instead"
         )
-    return shards
 
 
 def order_of(config: RunConfig, shards: ShardSet) -> Order:
@@ -200,9 +205,9 @@ def is_finished(run: Run, steps: int) -> bool:
 
 
 def say_finished(run: Run) -> dict[str, Any]:
-    """Says that there is nothing left to do, and returns what the checkpoint's step tells."""
+    """Says that there is nothing left to do, and returns what `summary.json` holds."""
     logger.info("%s is finished: step %d is done; give more --steps to go on", run.out, run.first_step)
-    return summarise(run, run.first_step)
+    return run.processes.on_main(lambda: json.loads((run.out / "summary.json").read_text()))
 
 
 def curve_figures(metrics: list[dict[str, Any]]) -> list[Figure]:
