@@ -10,7 +10,7 @@ import torch
 
 from finetune.classifier import load
 from finetune.config import ViewsConfig
-from pretrain.data.loader import EvaluationViews
+from pretrain.data.loader import views_of
 from pretrain.data.shards import Sample
 from pretrain.data.transcode import transcode
 from pretrain.errors import BadSample, Refused
@@ -40,7 +40,6 @@ def predict(model_folder: str, files: list[str], views: ViewsConfig | None = Non
     """
     model, description = load(model_folder)
     views = views or ViewsConfig(temporal=3)
-    cutter = EvaluationViews(None, description.clip, views.temporal, views.spatial)
     for file in files:
         if not Path(file).is_file():
             raise Refused(f"{file}: no such file; give video files")
@@ -49,7 +48,7 @@ def predict(model_folder: str, files: list[str], views: ViewsConfig | None = Non
         try:
             stored = transcode(file, short_side=description.short_side, gop=GOP, frame_rate=description.frame_rate)
             sample = Sample(Path(file).stem, stored.video, None, stored.frames, stored.frame_rate, {})
-            clips = cutter.views(sample)
+            clips = views_of(sample, description.clip, views.temporal, views.spatial)
         except BadSample as error:
             raise Refused(f"{file}: cannot be decoded ({error}); give a video that plays") from None
         with torch.no_grad():

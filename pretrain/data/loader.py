@@ -6,12 +6,10 @@ not be inherited across a fork.
 """
 
 import dataclasses
-import multiprocessing.connection
-import os
-import signal
+import logging
+import multiprocessing
 import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -21,16 +19,18 @@ from torch.utils.data import DataLoader, Dataset
 
 from pretrain.data.clips import ClipConfig, cut, frame_indices, is_mirrored, training_box, view_box
 from pretrain.data.order import Order
-from pretrain.data.processes import fork_server
+from pretrain.data.processes import become_worker, fork_server
 from pretrain.data.randomness import raw_words, sample_key, uniform
 from pretrain.data.shards import Sample, ShardSet
 from pretrain.data.video import open_video
-from pretrain.errors import BadSample, Refused, TubeletError
+from pretrain.errors import BadSample, Refused, StoppedByRule, TubeletError
+
+logger = logging.getLogger(__name__)
 
 MaskFunction = Callable[[int, int], tuple[np.ndarray, np.ndarray]]
 """From the keys of `mask` and `decoder_mask` to the visible and the masked token numbers of one clip."""
 
-SUBSTITUTES = 10  # bad samples in a row before the run gives up
+SUBSTITUTES = 10  # tried in place of a bad sample; the run stops when all of them are bad too
 PREFETCHED_BATCHES = 4  # for each worker
 
 
@@ -55,7 +55,7 @@ class DataConfig:
     workers: int = 4
     """Loader processes for each training process; 0 decodes in the training process."""
     max_bad_share: float = 0.01
-    """Stop the run when more than this share of the samples cannot be decoded."""
+    """Stop the run when more than this share of the samples read cannot be decoded; the first ten are forgiven."""
 
     def validate(self) -> None:
         """Raises `Refused` for numbers that cannot be; the order checks what must divide."""
@@ -108,6 +108,25 @@ class _Loaded(NamedTuple):
     skipped: list[dict]
 
 
+class _Lost(NamedTuple):
+    """What comes of a request whose sample and all substitutes are bad: their reports."""
+
+    skipped: list[dict]
+
+
+class NoSubstitute(StoppedByRule):
+    """A sample cannot be decoded, nor can any of its substitutes.
+
+    Attributes:
+        skipped: Reports like those of a `Batch`, of these samples and of others passed over in the same micro-batch.
+    """
+
+    def __init__(self, message: str, skipped: list[dict]) -> None:
+        """Takes the sentence for the user and the reports."""
+        super().__init__(message)
+        self.skipped = skipped
+
+
 class TrainingClips(Dataset):
     """Cuts the clips of one request; a pure function of the request.
 
@@ -125,7 +144,7 @@ class TrainingClips(Dataset):
         self.seed = seed
         self.draw_mask = draw_mask
 
-    def __getitem__(self, request: Request) -> _Loaded:
+    def __getitem__(self, request: Request) -> _Loaded | _Lost:
         """Returns the R clips of a request, from a substitute where its sample is bad."""
         skipped: list[dict] = []
         for sample in self._candidates(request):
@@ -136,10 +155,7 @@ class TrainingClips(Dataset):
                     {"key": self.shards.key(sample), "reason": str(error)}
                     | {"epoch": request.epoch, "position": request.position}
                 )
-        raise TubeletError(
-            f"{self.shards.folder}: {len(skipped)} samples in a row cannot be decoded, the last being "
-            f"{skipped[-1]['key']} ({skipped[-1]['reason']}); pack the videos anew"
-        )
+        return _Lost(skipped)
 
     def _candidates(self, request: Request) -> Iterator[int]:
         yield request.sample
@@ -176,7 +192,7 @@ class TrainingClips(Dataset):
         )
 
 
-def collate(loaded: list[_Loaded]) -> Batch:
+def collate(loaded: Sequence[_Loaded]) -> Batch:
     """Puts loaded samples together, all clips of a sample side by side."""
     repeats = len(loaded[0].clips)
     return Batch(
@@ -217,9 +233,33 @@ class MicroBatches:
                 yield requests[start : start + self.micro_batch]
 
 
-def training_batches(clips: TrainingClips, requests: MicroBatches, pin_memory: bool = False) -> Iterable[Batch]:
-    """Returns an iterable of the rank's micro-batches, decoded ahead by worker processes."""
-    return _loader(clips, requests, clips.config.workers, collate, pin_memory)
+def training_batches(clips: TrainingClips, requests: MicroBatches, pin_memory: bool = False) -> Iterator[Batch]:
+    """Yields the rank's micro-batches, decoded ahead by worker processes.
+
+    Raises:
+        NoSubstitute: A sample and all its substitutes cannot be decoded.
+    """
+    for batch in _loader(clips, requests, clips.config.workers, _collate_unless_lost, pin_memory):
+        if isinstance(batch, _Lost):
+            raise _no_substitute(clips.shards, batch.skipped)
+        yield batch
+
+
+def _collate_unless_lost(loaded: list[_Loaded | _Lost]) -> Batch | _Lost:
+    if any(isinstance(one, _Lost) for one in loaded):
+        return _Lost([report for one in loaded for report in one.skipped])
+    return collate([one for one in loaded if isinstance(one, _Loaded)])
+
+
+def _no_substitute(shards: ShardSet, skipped: list[dict]) -> NoSubstitute:
+    for report in skipped:
+        logger.warning("%s: %s", report["key"], report["reason"])
+    keys = list(dict.fromkeys(report["key"] for report in skipped))
+    return NoSubstitute(
+        f"{shards.folder}: a sample and its {SUBSTITUTES} substitutes cannot be decoded; bad are {' '.join(keys)} "
+        f"({skipped[-1]['reason']}); pack the videos anew",
+        skipped,
+    )
 
 
 class Views(NamedTuple):
@@ -243,13 +283,13 @@ class Views(NamedTuple):
 
 
 class EvaluationViews(Dataset):
-    """Cuts the views of each sample: `temporal` time windows times `spatial` crops, decoded once.
+    """Cuts the views of each sample of a set, as `views_of` does.
 
     Args:
         shards: The samples.
         config: The clip; its crop and flip are not used.
-        temporal: Time windows spread evenly over a sample; one is the middle.
-        spatial: Square crops spread evenly along the longer side; one is the centre.
+        temporal: Time windows.
+        spatial: Crops.
     """
 
     def __init__(self, shards: ShardSet, config: ClipConfig, temporal: int = 1, spatial: int = 1) -> None:
@@ -262,26 +302,41 @@ class EvaluationViews(Dataset):
     def __getitem__(self, item: tuple[int, bool]) -> Views:
         """Returns the views of sample number `item[0]`; `item[1]` tells whether it counts."""
         number, counted = item
-        shard, place = self.shards.locate(number)
+        shard, row = self.shards.locate(number)
         index = self.shards.shard_index(shard)
-        key, label = index.keys[place], -1 if index.labels is None else index.labels[place]
+        key, label = index.keys[row], -1 if index.labels is None else index.labels[row]
         try:
-            return Views(number, self.views(self.shards.read(number)), label, key, None, counted)
+            clips = views_of(self.shards.read(number), self.config, self.temporal, self.spatial)
+            return Views(number, clips, label, key, None, counted)
         except BadSample as error:
             shape = (self.temporal * self.spatial, self.config.frames, self.config.size, self.config.size, 3)
             return Views(number, torch.zeros(shape, dtype=torch.uint8), label, key, str(error), counted)
 
-    def views(self, sample: Sample) -> torch.Tensor:
-        """Returns `(temporal * spatial, T, H, W, 3)` uint8; raises `BadSample` if the video cannot be decoded."""
-        reader = open_video(sample.video)
-        moments = [0.5] if self.temporal == 1 else np.linspace(0, 1, self.temporal)
-        windows = [frame_indices(self.config, len(reader), sample.frame_rate, moment)[0] for moment in moments]
-        needed = np.unique(np.concatenate(windows))
-        frames = torch.from_numpy(reader.read(needed))
-        boxes = [view_box(*frames.shape[1:3], view, self.spatial) for view in range(self.spatial)]
-        return torch.stack(
-            [cut(frames[np.searchsorted(needed, window)], box, self.config.size) for window in windows for box in boxes]
-        )
+
+def views_of(sample: Sample, config: ClipConfig, temporal: int = 1, spatial: int = 1) -> torch.Tensor:
+    """Cuts the views of a sample: `temporal` time windows times `spatial` crops, decoded once.
+
+    Args:
+        sample: The sample.
+        config: The clip; its crop and flip are not used.
+        temporal: Time windows spread evenly over the sample; one is the middle.
+        spatial: Square crops spread evenly along the longer side; one is the centre.
+
+    Returns:
+        `(temporal * spatial, T, H, W, 3)` uint8.
+
+    Raises:
+        BadSample: The video cannot be decoded.
+    """
+    reader = open_video(sample.video)
+    moments = [0.5] if temporal == 1 else np.linspace(0, 1, temporal).tolist()
+    time_windows = [frame_indices(config, len(reader), sample.frame_rate, moment)[0] for moment in moments]
+    needed = np.unique(np.concatenate(time_windows))
+    frames = torch.from_numpy(reader.read(needed))
+    height, width = frames.shape[1:3]
+    boxes = [view_box(height, width, view, spatial) for view in range(spatial)]
+    shown = [frames[np.searchsorted(needed, time_window)] for time_window in time_windows]
+    return torch.stack([cut(one, box, config.size) for one in shown for box in boxes])
 
 
 def evaluation_batches(
@@ -318,16 +373,11 @@ def _loader(
 
 
 def _start_worker(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.excepthook = _report
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with_trainer, daemon=True).start()
-
-
-def _end_with_trainer() -> None:
-    """Ends a worker whose trainer was killed; torch watches the parent process, which here is the fork server."""
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
+    trainer = multiprocessing.parent_process()  # torch watches os.getppid(), which here is the fork server
+    if trainer is not None:
+        become_worker(trainer.sentinel)
 
 
 def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

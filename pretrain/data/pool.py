@@ -7,17 +7,15 @@ killer). Here each of those is tried once more in a process of its own, so that 
 import contextlib
 import itertools
 import multiprocessing
-import os
 import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import Connection
 from typing import Generic, TypeVar
 
-from pretrain.data.processes import fork_server
+from pretrain.data.processes import become_worker, fork_server
 
 AHEAD = 4
 """Tasks in flight or finished but not yet taken, per worker; bounds the memory that results hold."""
@@ -109,19 +107,8 @@ class WorkerPool(Generic[Task, Result]):
 
     def _executor(self, workers: int) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(
-            workers, mp_context=self.context, initializer=_start_worker, initargs=(self.lifeline,)
+            workers, mp_context=self.context, initializer=become_worker, initargs=(self.lifeline,)
         )
 
     def _interrupt(self, *_: object) -> None:
         self.interrupted = True
-
-
-def _start_worker(lifeline: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    threading.Thread(target=_end_with_parent, args=(lifeline,), daemon=True).start()
-
-
-def _end_with_parent(lifeline: Connection) -> None:
-    with contextlib.suppress(EOFError, OSError):
-        lifeline.recv()  # nothing is ever sent: it returns when the parent closes its end or is gone
-    os._exit(1)

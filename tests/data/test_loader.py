@@ -21,18 +21,20 @@ from pretrain.data.loader import (
     DataConfig,
     EvaluationViews,
     MicroBatches,
+    NoSubstitute,
     Request,
     TrainingClips,
     collate,
     evaluation_batches,
     training_batches,
+    views_of,
 )
 from pretrain.data.order import Order, evaluation_slice
 from pretrain.data.shard_writer import PackedSample, write_shard
 from pretrain.data.shards import Sample, ShardSet
 from pretrain.data.transcode import Transcoded
 from pretrain.data.video import open_video
-from pretrain.errors import Refused, TubeletError
+from pretrain.errors import EXIT_STOPPED, Refused
 from pretrain.model.masking import MaskConfig, draw_mask
 from pretrain.model.tubelets import Grid
 
@@ -152,13 +154,13 @@ def test_another_seed_reads_other_clips(shards):
 
 
 def test_repeats_share_their_frames_and_differ_in_crop_and_mask(shards, clips):
-    """Whole frames, so that a clip tells which frames it shows: the packed square is at another place in each."""
+    """Whole frames, so that a clip tells which frames it shows: the packed square stands elsewhere in each."""
     requests, batch = next(read(shards, repeats=3))
     assert (batch.clips.shape[0], len(batch.keys), len(batch.labels)) == (6, 2, 6)
-    for place, request in enumerate(requests):
-        own = slice(3 * place, 3 * place + 3)
+    for number, request in enumerate(requests):
+        own = slice(3 * number, 3 * number + 3)
         assert set(batch.labels[own].tolist()) == {clips[request].label}
-        assert batch.clips[3 * place].numpy().tobytes() == clips[request].clip, "the first repeat is the single clip"
+        assert batch.clips[3 * number].numpy().tobytes() == clips[request].clip, "the first repeat is the single clip"
         assert len({clip.numpy().tobytes() for clip in batch.clips[own]}) == 3
         assert len({tuple(mask.tolist()) for mask in batch.visible[own]}) == 3
         assert len({tuple(mask.tolist()) for mask in batch.masked[own]}) == 3
@@ -179,7 +181,7 @@ def test_a_clip_shows_the_frames_that_its_configuration_names(shards):
     assert not loaded.padded
 
 
-def test_samples_too_short_for_their_window_are_counted(shards):
+def test_samples_too_short_for_their_time_window_are_counted(shards):
     long = dataclasses.replace(CONFIG, clip=dataclasses.replace(CLIP, frames=8))
     loaded = [TrainingClips(shards, long, 3)[Request(number, 0, number)] for number in range(len(shards))]
     short = [shards.read(number).frames < 29 for number in range(len(shards))]
@@ -210,10 +212,10 @@ def damaged(request, packed_shards, tmp_path) -> tuple[ShardSet, int]:
         return ShardSet.open(folder), number
     shutil.copytree(packed_shards, folder)
     shards = ShardSet.open(folder)
-    shard, place = shards.locate(number)
+    shard, row = shards.locate(number)
     path, index = folder / shards.shards[shard].name, shards.shard_index(shard)
     content = bytearray(path.read_bytes())
-    content[index.video_offsets[place] + index.video_sizes[place] // 2] ^= 255
+    content[index.video_offsets[row] + index.video_sizes[row] // 2] ^= 255
     path.write_bytes(content)
     return shards, number
 
@@ -259,16 +261,17 @@ def test_evaluation_lists_a_damaged_sample_as_an_error_and_goes_on(damaged):
     assert all(one.clips.any() for one in seen if one.error is None)
 
 
-def test_views_are_every_window_in_every_crop(shards):
+def test_views_are_every_time_window_in_every_crop(shards):
     sample = shards.read(len(shards) - 1)
     config = dataclasses.replace(CLIP, size=48)
-    views = EvaluationViews(shards, config, temporal=3, spatial=2).views(sample)
+    views = views_of(sample, config, temporal=3, spatial=2)
     frames = torch.from_numpy(open_video(sample.video).read(np.arange(sample.frames)))
-    windows = [frame_indices(config, sample.frames, sample.frame_rate, moment)[0] for moment in (0, 0.5, 1)]
-    assert windows[0][0] == 0
-    assert windows[2][-1] == sample.frames - 1
-    expected = [frames[torch.from_numpy(window)][:, :, left : left + 48] for window in windows for left in (0, 16)]
-    assert torch.equal(views, torch.stack(expected))
+    time_windows = [frame_indices(config, sample.frames, sample.frame_rate, moment)[0] for moment in (0, 0.5, 1)]
+    assert time_windows[0][0] == 0
+    assert time_windows[2][-1] == sample.frames - 1
+    shown = [frames[torch.from_numpy(time_window)] for time_window in time_windows]
+    assert torch.equal(views, torch.stack([one[:, :, left : left + 48] for one in shown for left in (0, 16)]))
+    assert torch.equal(views, EvaluationViews(shards, config, temporal=3, spatial=2)[len(shards) - 1, True].clips)
 
 
 def test_fillers_of_an_uneven_evaluation_do_not_count(shards):
@@ -279,14 +282,23 @@ def test_fillers_of_an_uneven_evaluation_do_not_count(shards):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_set_without_a_good_sample_stops_the_run_in_one_line(packed_shards, tmp_path, workers):
+def test_a_sample_without_a_good_substitute_stops_the_run_in_one_line_and_is_reported(
+    packed_shards, tmp_path, caplog, workers
+):
     shards = ShardSet.open(rebuilt(packed_shards, tmp_path / "junk", lambda number, sample: b"no video" * 9))
-    with pytest.raises(TubeletError) as caught:
+    with pytest.raises(NoSubstitute) as caught:
         list(read(shards, workers=workers))
-    message = str(caught.value)
-    assert message.startswith(f"{shards.folder}: {SUBSTITUTES + 1} samples in a row cannot be decoded")
-    assert message.endswith("pack the videos anew")
-    assert "\n" not in message
+    said, reports = str(caught.value), caught.value.skipped
+    assert said.startswith(f"{shards.folder}: a sample and its {SUBSTITUTES} substitutes cannot be decoded; bad are")
+    assert said.endswith("pack the videos anew")
+    assert "\n" not in said
+    assert caught.value.exit_code == EXIT_STOPPED
+    requests = next(iter(MicroBatches(order_of(shards), STEPS, CONFIG.micro_batch, 1, 0)))
+    assert len(reports) == len(requests) * (SUBSTITUTES + 1), "of both samples of the micro-batch"
+    assert {(report["epoch"], report["position"]) for report in reports} == {request[1:] for request in requests}
+    assert {shards.key(request.sample) for request in requests} <= {report["key"] for report in reports}
+    assert all(report["key"] in said for report in reports)
+    assert caplog.messages == [f"{report['key']}: {report['reason']}" for report in reports]
 
 
 def test_a_refusal_inside_a_worker_stays_a_refusal_in_one_line(packed_shards, tmp_path):
