@@ -7,6 +7,7 @@ An encoder returns tokens for a decoder to read and, for a classifier, its class
 """
 
 import dataclasses
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -54,29 +55,55 @@ class EncoderConfig:
     drop_path: float = 0.0
     """Probability that a clip skips the last block's branches in training; rises linearly from the first block."""
 
-    def resolved(self) -> "EncoderConfig":
-        """Returns the same architecture with width, depth and heads spelt out."""
+    def sizes(self) -> tuple[int, int, int]:
+        """Returns width, depth and heads: the ones given, else the variant's."""
         width, depth, heads = VARIANTS[self.variant]
-        return dataclasses.replace(
-            self, width=self.width or width, depth=self.depth or depth, heads=self.heads or heads
+        return (
+            width if self.width is None else self.width,
+            depth if self.depth is None else self.depth,
+            heads if self.heads is None else self.heads,
         )
 
-    def validate(self, frames: int, size: int) -> None:
-        """Raises `Refused` for sizes that do not divide."""
+    def resolved(self) -> "EncoderConfig":
+        """Returns the same architecture with width, depth and heads spelt out."""
+        width, depth, heads = self.sizes()
+        return dataclasses.replace(self, width=width, depth=depth, heads=heads)
+
+    def validate(self, frames: int, size: int, field: str = "encoder") -> None:
+        """Checks the architecture for clips of `frames` frames and `size` pixels on each side.
+
+        Args:
+            frames: Frames of a clip.
+            size: Height and width of a clip in pixels.
+            field: The name that this group of fields has in the run's configuration.
+
+        Raises:
+            Refused: A size cannot be, or does not divide.
+        """
+        width, depth, heads = self.sizes()
+        refuse_below_one(
+            field, width=width, depth=depth, heads=heads, temporal_depth=self.temporal_depth, mlp_ratio=self.mlp_ratio
+        )
         t, h, w = self.tubelet
         if min(t, h, w) < 1:
-            raise Refused(f"encoder.tubelet: {t} x {h} x {w} must be at least 1 x 1 x 1")
+            raise Refused(f"{field}.tubelet: {t} x {h} x {w} must be at least 1 x 1 x 1")
         if frames % t:
             raise Refused(f"data.clip.frames: {frames} frames do not divide into tubelets of {t}; change one of them")
         if size % h or size % w:
             raise Refused(f"data.clip.size: {size} pixels do not divide into tubelets of {h} x {w}; change one of them")
-        full = self.resolved()
-        if full.width % full.heads:
-            raise Refused(f"encoder.heads: {full.heads} heads do not divide encoder.width {full.width}; change one")
-        if full.width % 2:
-            raise Refused(f"encoder.width: {full.width} must be even")
+        if width % heads:
+            raise Refused(f"{field}.heads: {heads} heads do not divide {field}.width {width}; change one")
+        if width % 2:
+            raise Refused(f"{field}.width: {width} must be even")
         if not 0 <= self.drop_path < 1:
-            raise Refused(f"encoder.drop_path: {self.drop_path} must be at least 0 and less than 1")
+            raise Refused(f"{field}.drop_path: {self.drop_path} must be at least 0 and less than 1")
+
+
+def refuse_below_one(group: str, **sizes: float) -> None:
+    """Raises `Refused` for the first of a group's fields that is not a finite number of at least 1."""
+    for name, value in sizes.items():
+        if not 1 <= value < math.inf:
+            raise Refused(f"{group}.{name}: {value} must be at least 1")
 
 
 class Encoded(NamedTuple):
@@ -122,19 +149,19 @@ class Encoder(nn.Module):
     ) -> None:
         """Creates and initialises the weights."""
         super().__init__()
-        config = config.resolved()
-        self.config = config
-        self.width: int = config.width
+        width, depth, heads = config.sizes()
+        self.config = config.resolved()
+        self.width = width
         self.grid: Grid = grid_of(frames, size, config.tubelet)
-        self.embedding = TubeletEmbedding(config.tubelet, config.width, mean, std)
-        self.positions = PositionEmbedding(config.positions, self.grid, config.width)
-        self.class_token = nn.Parameter(torch.zeros(1, 1, config.width)) if class_token else None
-        rates = drop_path_rates(config.depth + self._temporal_depth(config), config.drop_path)
-        self.blocks = stack(config.depth, config.width, config.heads, config.mlp_ratio, rates[: config.depth])
-        self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
-        self._build_rest(config, rates[config.depth :])
+        self.embedding = TubeletEmbedding(config.tubelet, width, mean, std)
+        self.positions = PositionEmbedding(config.positions, self.grid, width)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, width)) if class_token else None
+        rates = drop_path_rates(depth + self._temporal_depth(config), config.drop_path)
+        self.blocks = stack(depth, width, heads, config.mlp_ratio, rates[:depth])
+        self.norm: nn.Module = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self._build_rest(config, rates[depth:])
         self.apply(initialise)
-        if class_token:
+        if self.class_token is not None:
             nn.init.trunc_normal_(self.class_token, std=0.02)
 
     def _temporal_depth(self, config: EncoderConfig) -> int:
@@ -155,6 +182,10 @@ class Encoder(nn.Module):
             visible: `(B, Nv)` ascending token numbers, or None for all tokens.
         """
         raise NotImplementedError
+
+    def leave_out_last_norm(self) -> None:
+        """Takes away the layer norm behind the last block, for a head that normalises the mean of the tokens."""
+        self.norm = nn.Identity()
 
     @property
     def layers(self) -> int:
@@ -197,9 +228,10 @@ class FactorisedEncoder(Encoder):
         return config.temporal_depth
 
     def _build_rest(self, config: EncoderConfig, rates: list[float]) -> None:
-        self.temporal_positions = PositionEmbedding(config.positions, Grid(self.grid.slots, 1, 1), config.width)
-        self.temporal_blocks = stack(config.temporal_depth, config.width, config.heads, config.mlp_ratio, rates)
-        self.temporal_norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        width, _, heads = config.sizes()
+        self.temporal_positions = PositionEmbedding(config.positions, Grid(self.grid.slots, 1, 1), width)
+        self.temporal_blocks = stack(config.temporal_depth, width, heads, config.mlp_ratio, rates)
+        self.temporal_norm: nn.Module = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
 
     def forward(self, clips: Tensor, visible: Tensor | None = None) -> Encoded:
         """See `Encoder.forward`."""
@@ -229,6 +261,10 @@ class FactorisedEncoder(Encoder):
         number = visible // self.grid.positions
         slots_seen = int((number[0, 1:] != number[0, :-1]).sum()) + 1
         return number[:, :: number.shape[1] // slots_seen]
+
+    def leave_out_last_norm(self) -> None:
+        """See `Encoder.leave_out_last_norm`."""
+        self.temporal_norm = nn.Identity()
 
     @property
     def layers(self) -> int:

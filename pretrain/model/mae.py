@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pretrain.errors import Refused
 from pretrain.model.blocks import LAYER_NORM_EPS, initialise, stack
-from pretrain.model.encoder import Encoded, Encoder
+from pretrain.model.encoder import Encoded, Encoder, refuse_below_one
 from pretrain.model.positions import PositionEmbedding
 from pretrain.model.tubelets import Grid, cut_tubelets, take_tokens
 
@@ -34,7 +34,8 @@ class DecoderConfig:
     """Reconstruct pixels normalised in each tubelet and channel instead of plain ones."""
 
     def validate(self) -> None:
-        """Raises `Refused` for sizes that do not divide."""
+        """Raises `Refused` for sizes that cannot be or that do not divide."""
+        refuse_below_one("decoder", width=self.width, depth=self.depth, heads=self.heads, mlp_ratio=self.mlp_ratio)
         if self.width % self.heads or self.width % 2:
             raise Refused(
                 f"decoder.width: {self.width} must be even and a multiple of decoder.heads {self.heads}; change one"

@@ -78,13 +78,11 @@ def draw_mask(config: MaskConfig, grid: Grid, mask_key: int, decoder_key: int) -
     Returns:
         `(Nv,)` visible and `(Nm,)` masked token numbers, both ascending.
     """
+    hidden = np.zeros(grid.tokens, dtype=bool)
     if config.name == "tube":
         masked_positions = _subset(mask_key, grid.positions, _share(config.ratio, grid.positions))
-        hidden = np.zeros((grid.slots, grid.positions), dtype=bool)
-        hidden[:, masked_positions] = True
-        hidden = hidden.reshape(-1)
+        hidden.reshape(grid.slots, grid.positions)[:, masked_positions] = True
     else:
-        hidden = np.zeros(grid.tokens, dtype=bool)
         hidden[_subset(mask_key, grid.tokens, _share(config.ratio, grid.tokens))] = True
     masked = np.flatnonzero(hidden)
     decoded = np.sort(masked[_subset(decoder_key, len(masked), _share(config.decoded, len(masked)))])

@@ -3,7 +3,7 @@
 sincos             VideoMAE's (arXiv 2203.12602): the sine-cosine embedding of Vaswani et al. (2017) of the token
                    number
 sincos_separable   slot, row and column embedded apart, each in a part of the channels, as MAE (arXiv 2111.06377)
-                   does for images; tokens of one place or one moment are alike from the start, so small models
+                   does for images; tokens of one slot, row or column are alike from the start, so small models
                    learn much faster
 learned            ViT's (arXiv 2010.11929): one vector for each token, trained
 """

@@ -65,6 +65,9 @@ class TubeletEmbedding(nn.Module):
         std: Standard deviation of each colour channel.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self, tubelet: tuple[int, int, int], width: int, mean: tuple[float, ...], std: tuple[float, ...]
     ) -> None:

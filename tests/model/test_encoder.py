@@ -179,6 +179,7 @@ def test_a_width_depth_or_heads_given_replaces_the_variants():
     assert EncoderConfig(variant="S").resolved() == EncoderConfig(variant="S", width=384, depth=12, heads=6)
     full = EncoderConfig(variant="S", width=96, heads=3).resolved()
     assert (full.width, full.depth, full.heads) == (96, 12, 3)
+    assert EncoderConfig(depth=0).resolved().depth == 0, "a value that cannot be is refused, never replaced"
 
 
 @pytest.mark.parametrize(
@@ -197,3 +198,26 @@ def test_sizes_that_do_not_divide_are_refused_by_their_field(fields, frames, siz
     EncoderConfig().validate(16, 224)
     with pytest.raises(Refused, match=message):
         EncoderConfig(**fields).validate(frames, size)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("width", -768), ("depth", 0), ("depth", -1), ("heads", 0), ("temporal_depth", -1), ("mlp_ratio", 0.0)],
+)
+def test_a_size_below_one_is_refused_by_the_name_of_its_field(field, value):
+    with pytest.raises(Refused, match=rf"^encoder\.{field}: {value} must be at least 1"):
+        EncoderConfig(**{field: value}).validate(16, 224)
+    with pytest.raises(Refused, match=rf"^architecture\.{field}: "):
+        EncoderConfig(**{field: value}).validate(16, 224, field="architecture")
+
+
+@NAMES
+def test_without_its_last_norm_an_encoder_returns_what_the_last_block_returns(name):
+    encoder, clips = encoder_of(name), clips_of()
+    norm = encoder.norm if name == "joint" else encoder.temporal_norm
+    normed = encoder(clips).mean()
+    encoder.leave_out_last_norm()
+    last = encoder(clips)
+    tokens = last.tokens if name == "joint" else last.temporal
+    torch.testing.assert_close(norm(tokens).mean(1), normed)
+    assert not torch.allclose(last.mean(), normed, atol=0.1)

@@ -179,3 +179,9 @@ def test_a_decoder_whose_sizes_do_not_divide_is_refused(config):
     with pytest.raises(Refused, match=rf"decoder\.width: {config.width} .* decoder\.heads 3"):
         config.validate()
     DecoderConfig().validate()
+
+
+@pytest.mark.parametrize(("field", "value"), [("width", -2), ("depth", 0), ("heads", 0), ("mlp_ratio", 0.5)])
+def test_a_decoder_with_a_size_below_one_is_refused(field, value):
+    with pytest.raises(Refused, match=rf"^decoder\.{field}: {value} must be at least 1"):
+        DecoderConfig(**{field: value}).validate()
