@@ -79,7 +79,7 @@ def index_tar(path: Path) -> ShardIndex:
     """Returns where the samples of a WebDataset tar lie.
 
     Raises:
-        Refused: It is compressed or damaged, or a sample lacks its video or its JSON.
+        Refused: It is compressed, damaged or empty, or a sample lacks its video or its JSON.
     """
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}
     try:
@@ -89,9 +89,11 @@ def index_tar(path: Path) -> ShardIndex:
                 samples.setdefault(key, {})[suffix] = member
     except tarfile.TarError as error:
         raise Refused(f"{path}: not a plain tar ({error}); decompress it (gunzip) or pack the videos again") from error
+    if not samples:
+        raise Refused(f"{path}: holds no sample; pack the videos again")
     with open(path, "rb") as file:
         rows = [_row(path, file, key, members) for key, members in samples.items()]
-    columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
     labelled = any(label is not None for label in columns["labels"])
     return ShardIndex(**{**columns, "labels": columns["labels"] if labelled else None})
 
@@ -102,17 +104,23 @@ def _row(path: Path, file: Any, key: str, members: dict[str, tarfile.TarInfo]) -
     metadata_member, video_member = members["json"], members["mp4"]
     start, end = metadata_member.offset_data, video_member.offset_data + video_member.size
     file.seek(start)
-    stretch = file.read(end - start)
-    metadata = json.loads(stretch[: metadata_member.size])
-    label = None
-    if "cls" in members:
-        file.seek(members["cls"].offset_data)
-        label = int(file.read(members["cls"].size))
+    stretch = file.read(max(end - start, 0))
+    try:
+        metadata = json.loads(stretch[: metadata_member.size])
+        frames, frame_rate = metadata["frames"], metadata["frame_rate"]
+        label = None
+        if "cls" in members:
+            file.seek(members["cls"].offset_data)
+            label = int(file.read(members["cls"].size))
+    except (ValueError, KeyError, TypeError) as error:
+        raise Refused(
+            f"{path}: the json or cls of sample {key} is damaged ({error!r}); pack the videos again"
+        ) from error
     return {
         "keys": key,
         "labels": label,
-        "frames": metadata["frames"],
-        "frame_rates": metadata["frame_rate"],
+        "frames": frames,
+        "frame_rates": frame_rate,
         "metadata_offsets": start,
         "metadata_sizes": metadata_member.size,
         "video_offsets": video_member.offset_data,

@@ -10,8 +10,10 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import logging
 import os
 import threading
+import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
@@ -21,8 +23,14 @@ from typing import Any, Generic, TypeVar
 from pretrain.data.shard_index import FORMAT_VERSION, INDEX_NAME, ShardEntry, ShardIndex
 from pretrain.errors import BadSample, Refused, TubeletError
 
+logger = logging.getLogger(__name__)
+
 MAX_OPEN_FILES = 64
 MAX_LOADED_INDEXES = 1024
+RETRY_AFTER_S = (0.5, 2.0, 8.0)
+"""Pauses before the further tries of a read that failed: a network file system may be away for a moment."""
+
+Value = TypeVar("Value")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +125,7 @@ class ShardSet:
         return self.samples
 
     def locate(self, number: int) -> tuple[int, int]:
-        """Returns the shard of a sample and the sample's place in it, both counted from zero.
+        """Returns the shard of a sample and the sample's row in its index, both counted from zero.
 
         Raises:
             IndexError: There is no sample of that number.
@@ -129,8 +137,8 @@ class ShardSet:
 
     def key(self, number: int) -> str:
         """Returns the key of a sample."""
-        shard, place = self.locate(number)
-        return self.shard_index(shard).keys[place]
+        shard, row = self.locate(number)
+        return self.shard_index(shard).keys[row]
 
     def labels(self) -> list[int]:
         """Returns the label of every sample, in order of sample number; reads the `.idx` files, never a shard.
@@ -149,27 +157,26 @@ class ShardSet:
 
         Raises:
             BadSample: The bytes are not those that were packed.
-            TubeletError: The shard has become shorter than its index says.
+            TubeletError: The shard cannot be read, not even after a while, or is shorter than its index says.
             Refused: The shard's index is missing or was changed.
-            OSError: The disk or the network failed; worth another try.
         """
-        shard, place = self.locate(number)
+        shard, row = self.locate(number)
         index = self.shard_index(shard)
-        start = index.metadata_offsets[place]
-        video_start = index.video_offsets[place] - start
-        length = video_start + index.video_sizes[place]
-        stretch = self._read_stretch(shard, start, length)
-        key = index.keys[place]
-        if zlib.crc32(stretch) != index.checksums[place]:
-            path = self.folder / self.shards[shard].name
+        start = index.metadata_offsets[row]
+        video_start = index.video_offsets[row] - start
+        length = video_start + index.video_sizes[row]
+        path = self.folder / self.shards[shard].name
+        stretch = _patiently(path, lambda: self._read_stretch(shard, path, start, length))
+        key = index.keys[row]
+        if zlib.crc32(stretch) != index.checksums[row]:
             raise BadSample(f"{path}: sample {key} is damaged (its checksum differs); restore the shard from a copy")
         return Sample(
             key=key,
             video=stretch[video_start:],
-            label=index.labels[place] if index.labels is not None else None,
-            frames=index.frames[place],
-            frame_rate=index.frame_rates[place],
-            metadata=json.loads(stretch[: index.metadata_sizes[place]]),
+            label=index.labels[row] if index.labels is not None else None,
+            frames=index.frames[row],
+            frame_rate=index.frame_rates[row],
+            metadata=json.loads(stretch[: index.metadata_sizes[row]]),
         )
 
     def shard_index(self, shard: int) -> ShardIndex:
@@ -177,31 +184,32 @@ class ShardSet:
 
         Raises:
             Refused: The `.idx` file is missing or is not the one that `index.json` names.
+            TubeletError: It cannot be read, not even after a while.
         """
         return self._indexes.get(shard, lambda: self._load_index(shard))
 
     def _load_index(self, shard: int) -> ShardIndex:
         entry = self.shards[shard]
         path = self.folder / entry.index_name
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError as error:
-            raise Refused(f"{path}: missing; copy the whole folder again or repack it") from error
+        content = _patiently(path, lambda: _read_shard_index(path))
         if hashlib.sha256(content).hexdigest() != entry.index_sha256:
             raise Refused(
                 f"{path}: not the file that {INDEX_NAME} names (its hash differs); copy the whole folder again"
             )
         return ShardIndex.from_bytes(content)
 
-    def _read_stretch(self, shard: int, start: int, length: int) -> bytes:
-        path = self.folder / self.shards[shard].name
+    def _read_stretch(self, shard: int, path: Path, start: int, length: int) -> bytes:
         file = self._files.get(shard, lambda: _OpenFile(path))
-        stretch = os.pread(file.descriptor, length, start)
-        while len(stretch) < length:  # the kernel may hand out less than was asked for, above 2 GiB always
-            more = os.pread(file.descriptor, length - len(stretch), start + len(stretch))
-            if not more:
-                raise TubeletError(f"{path}: shorter than its index says; copy the shard again")
-            stretch += more
+        try:
+            stretch = os.pread(file.descriptor, length, start)
+            while len(stretch) < length:  # the kernel may hand out less than was asked for, above 2 GiB always
+                more = os.pread(file.descriptor, length - len(stretch), start + len(stretch))
+                if not more:
+                    raise TubeletError(f"{path}: shorter than its index says; copy the shard again")
+                stretch += more
+        except OSError:
+            self._files.drop(shard)  # the next try opens the file anew: a stale handle stays stale
+            raise
         return stretch
 
     def _start_empty(self) -> None:
@@ -233,6 +241,30 @@ def _read_index_file(path: Path) -> bytes:
         raise Refused(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
 
 
+def _read_shard_index(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise Refused(f"{path}: missing; copy the whole folder again or repack it") from error
+
+
+def _patiently(path: Path, read: Callable[[], Value]) -> Value:
+    """Returns what `read` reads of a file, with further tries after pauses if the disk or the network fails."""
+    pauses_s = iter(RETRY_AFTER_S)
+    while True:
+        try:
+            return read()
+        except OSError as error:
+            pause_s = next(pauses_s, None)
+            if pause_s is None:
+                raise TubeletError(
+                    f"{path}: cannot be read ({error.strerror}), not even after {sum(RETRY_AFTER_S):g} s; check the "
+                    "disk or network that holds it, then start again"
+                ) from error
+            logger.warning("%s: cannot be read (%s); trying again in %g s", path, error.strerror, pause_s)
+            time.sleep(pause_s)
+
+
 def _check_files(folder: Path, shard: ShardEntry) -> None:
     for name in (shard.name, shard.index_name):
         if not (folder / name).is_file():
@@ -258,9 +290,6 @@ class _OpenFile:
             os.close(self.descriptor)
 
 
-Value = TypeVar("Value")
-
-
 class _Recent(Generic[Value]):
     """The values of the shards used last, at most `limit` of them; safe between threads."""
 
@@ -277,3 +306,7 @@ class _Recent(Generic[Value]):
                     self._values.popitem(last=False)
             self._values.move_to_end(shard)
             return self._values[shard]
+
+    def drop(self, shard: int) -> None:
+        with self._lock:
+            self._values.pop(shard, None)

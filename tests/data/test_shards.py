@@ -2,11 +2,13 @@
 
 import dataclasses
 import hashlib
+import io
 import json
 import multiprocessing
 import os
 import pickle
 import tarfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -66,11 +68,11 @@ def test_every_sample_is_read_by_its_number(folder):
 def test_the_offsets_are_those_of_the_standard_library(folder):
     shards = ShardSet.open(folder)
     for number in range(SAMPLES):
-        shard, place = shards.locate(number)
+        shard, row = shards.locate(number)
         index = shards.shard_index(shard)
         with tarfile.open(folder / shards.shards[shard].name) as tar:
             member = tar.getmember(f"key-{number}.mp4")
-            assert (member.offset_data, member.size) == (index.video_offsets[place], index.video_sizes[place])
+            assert (member.offset_data, member.size) == (index.video_offsets[row], index.video_sizes[row])
 
 
 def test_a_sample_takes_one_read_and_no_tar_parsing(folder, monkeypatch):
@@ -170,6 +172,98 @@ def test_a_shard_cut_after_opening_is_an_error_that_names_it(folder):
     os.truncate(folder / "shard-000002.tar", 100)
     with pytest.raises(TubeletError, match=r"shard-000002\.tar: shorter than its index says"):
         shards.read(6)
+
+
+@pytest.fixture
+def pauses(monkeypatch) -> list[float]:
+    """The seconds that a reader asked to sleep, which take no time here."""
+    asked: list[float] = []
+    monkeypatch.setattr(time, "sleep", asked.append)
+    return asked
+
+
+def test_a_file_handle_that_went_bad_is_replaced_by_a_new_one(folder, pauses, caplog):
+    """Reading a folder fails as a stale handle on a network file system does: until the file is opened anew."""
+    shards = ShardSet.open(folder)
+    shards.read(0)
+    of_folder = os.open(folder, os.O_RDONLY)
+    for name in os.listdir("/proc/self/fd"):
+        if os.path.realpath(f"/proc/self/fd/{name}") == str(folder / "shard-000000.tar"):
+            os.dup2(of_folder, int(name))
+    os.close(of_folder)
+    assert shards.read(1).key == "key-1"
+    assert len(pauses) == 1
+    (said,) = caplog.messages
+    assert "shard-000000.tar: cannot be read (Is a directory); trying again in" in said
+    check_all(shards)
+
+
+@pytest.mark.parametrize("suffix", ["tar", "idx"])
+def test_a_file_that_comes_back_within_the_pauses_is_read(folder, monkeypatch, suffix):
+    shards = ShardSet.open(folder)
+    path, away = folder / f"shard-000001.{suffix}", folder / "away"
+    path.rename(away)
+    path.mkdir()
+    pauses = []
+
+    def sleep(pause_s: float) -> None:
+        pauses.append(pause_s)
+        if len(pauses) == 3:
+            path.rmdir()
+            away.rename(path)
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    assert shards.read(4).key == "key-4"
+    assert pauses == sorted(set(pauses)), "longer each time"
+
+
+@pytest.mark.parametrize("suffix", ["tar", "idx"])
+def test_a_file_that_stays_unreadable_is_told_in_one_line_that_names_it(folder, pauses, suffix):
+    shards = ShardSet.open(folder)
+    path = folder / f"shard-000001.{suffix}"
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(
+        TubeletError, match=r"cannot be read \(Is a directory\), .*; check the disk or network"
+    ) as caught:
+        shards.read(4)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+    assert len(pauses) == 3
+    assert shards.read(0).key == "key-0", "the other shards are not concerned"
+
+
+def write_tar(path: Path, **members: bytes) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for suffix, content in members.items():
+            member = tarfile.TarInfo(f"key.{suffix}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+METADATA = b'{"frames": 1, "frame_rate": 1}'
+
+
+@pytest.mark.parametrize(
+    ("members", "words"),
+    [
+        ({}, "holds no sample"),
+        ({"json": METADATA}, "sample key lacks its mp4"),
+        ({"json": b"{", "mp4": b"video"}, "the json or cls of sample key is damaged"),
+        ({"json": b"[]", "mp4": b"video"}, "the json or cls of sample key is damaged"),
+        ({"json": b"{}", "mp4": b"video"}, "the json or cls of sample key is damaged"),
+        ({"mp4": b"video", "json": METADATA}, "the json or cls of sample key is damaged"),
+        ({"json": METADATA, "mp4": b"video", "cls": b"run"}, "the json or cls of sample key is damaged"),
+    ],
+    ids=["empty", "no video", "cut json", "a list", "no frames", "video first", "no class number"],
+)
+def test_a_tar_that_is_no_shard_is_refused_by_name(tmp_path, members, words):
+    path = write_tar(tmp_path / "shard.tar", **members)
+    with pytest.raises(Refused, match=words) as caught:
+        index_tar(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert str(caught.value).endswith("; pack the videos again")
 
 
 def test_a_compressed_tar_is_refused_with_the_remedy(folder, tmp_path):
