@@ -5,6 +5,7 @@ The multi-scale crop is VideoMAE's (arXiv 2203.12602, appendix; itself from Temp
 """
 
 import dataclasses
+import math
 from typing import Literal
 
 import numpy as np
@@ -18,7 +19,7 @@ from pretrain.errors import Refused
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 
 MULTI_SCALES = (1.0, 0.875, 0.75, 0.66)
-# The 13 places of a crop, in quarters of the free room: (row, column).
+# The 13 offsets of a crop, in quarters of the free room: (row, column).
 MULTI_SCALE_OFFSETS = (
     *((row, column) for row in (0, 2, 4) for column in (0, 2, 4)),
     *((row, column) for row in (1, 3) for column in (1, 3)),
@@ -56,12 +57,16 @@ class ClipConfig:
             raise Refused("data.clip: give exactly one of frame_rate and stride")
         if self.frames < 1 or self.size < 1:
             raise Refused("data.clip.frames and data.clip.size must be at least 1")
-        if min(rate for rate in (self.frame_rate, self.stride) if rate is not None) <= 0:
-            raise Refused("data.clip.frame_rate and data.clip.stride must be greater than 0")
+        if not all(0 < rate < math.inf for rate in (self.frame_rate, self.stride) if rate is not None):
+            raise Refused("data.clip.frame_rate and data.clip.stride must be finite and greater than 0")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise Refused("data.clip.scale must be two numbers, 0 < least <= greatest <= 1")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise Refused("data.clip.ratio must be two numbers, 0 < least <= greatest")
+        if not 0 < self.ratio[0] <= self.ratio[1] < math.inf:
+            raise Refused("data.clip.ratio must be two finite numbers, 0 < least <= greatest")
+        if not all(map(math.isfinite, self.mean)):
+            raise Refused("data.clip.mean must be three finite numbers")
+        if not all(0 < deviation < math.inf for deviation in self.std):
+            raise Refused("data.clip.std must be three finite numbers greater than 0")
 
 
 def frame_indices(config: ClipConfig, frames: int, stored_rate: float, moment: float) -> tuple[np.ndarray, bool]:
@@ -77,7 +82,8 @@ def frame_indices(config: ClipConfig, frames: int, stored_rate: float, moment: f
         `(config.frames,)` ascending frame numbers, and whether the sample was too short, in which case its last frame
         is repeated.
     """
-    step = config.stride if config.stride is not None else stored_rate / config.frame_rate
+    step = config.stride if config.frame_rate is None else stored_rate / config.frame_rate
+    assert step is not None, "a valid configuration gives one of the two"
     span = (config.frames - 1) * step
     room = frames - 1 - span
     first = min(int(moment * (int(room) + 1)), int(room)) if room > 0 else 0

@@ -1,6 +1,7 @@
 """Which frames, which crop, which size: against plain arithmetic and VideoMAE's own definition of its crop."""
 
 import collections
+import math
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def by_rate(frames: int, frame_rate: float) -> ClipConfig:
 
 @EXAMPLES
 @given(st.integers(1, 20), st.integers(1, 8), st.integers(1, 300), MOMENTS)
-def test_a_stride_takes_every_so_manieth_frame_wherever_the_window_lies(count, stride, stored, moment):
+def test_a_stride_takes_every_so_manieth_frame_wherever_the_time_window_lies(count, stride, stored, moment):
     indices, padded = frame_indices(by_stride(count, stride), stored, 30.0, moment)
     span = (count - 1) * stride
     first = 0 if padded else int(indices[0])
@@ -199,12 +200,18 @@ def test_mirroring_takes_half_of_the_clips_and_none_unless_asked():
         ({"frame_rate": 7.5, "stride": 4}, "exactly one of frame_rate and stride"),
         ({"stride": 4, "frames": 0}, r"data\.clip\.frames"),
         ({"stride": 4, "size": 0}, r"data\.clip\.size"),
-        ({"stride": 0}, r"data\.clip\.stride must be greater than 0"),
-        ({"frame_rate": 0.0}, r"data\.clip\.frame_rate .* must be greater than 0"),
-        ({"frame_rate": -1.0}, r"data\.clip\.frame_rate .* must be greater than 0"),
+        ({"stride": 0}, r"data\.clip\.stride must be finite and greater than 0"),
+        *(
+            ({"frame_rate": rate}, r"data\.clip\.frame_rate .* must be finite")
+            for rate in (0.0, -1.0, math.inf, math.nan)
+        ),
         ({"stride": 4, "scale": (0.0, 1.0)}, r"data\.clip\.scale"),
         ({"stride": 4, "scale": (0.6, 0.5)}, r"data\.clip\.scale"),
+        ({"stride": 4, "scale": (math.nan, 1.0)}, r"data\.clip\.scale"),
         ({"stride": 4, "ratio": (1.5, 1.0)}, r"data\.clip\.ratio"),
+        ({"stride": 4, "ratio": (1.5, math.inf)}, r"data\.clip\.ratio"),
+        ({"stride": 4, "mean": (0.5, math.nan, 0.5)}, r"data\.clip\.mean"),
+        *(({"stride": 4, "std": (0.2, value, 0.2)}, r"data\.clip\.std") for value in (0.0, -0.2, math.inf, math.nan)),
     ],
 )
 def test_a_clip_that_cannot_be_cut_is_refused_by_its_field(fields, message):
