@@ -107,11 +107,11 @@ class Order:
         """Returns the sample numbers of a lane in the order in which epoch `epoch` reads them."""
         pieces = self.lane_pieces[lane]
         piece_order = permutation(key_for(self.seed, epoch, lane, "lane"), len(pieces))
-        windows = []
+        shard_windows = []
         for number, start in enumerate(range(0, len(pieces), self.shards_per_window)):
-            window = np.concatenate([pieces[piece] for piece in piece_order[start : start + self.shards_per_window]])
-            windows.append(window[permutation(key_for(self.seed, epoch, lane, number, "window"), len(window))])
-        return np.concatenate(windows) if windows else np.empty(0, dtype=np.int64)
+            members = np.concatenate([pieces[piece] for piece in piece_order[start : start + self.shards_per_window]])
+            shard_windows.append(members[permutation(key_for(self.seed, epoch, lane, number, "window"), len(members))])
+        return np.concatenate(shard_windows) if shard_windows else np.empty(0, dtype=np.int64)
 
     def epoch_order(self, epoch: int) -> np.ndarray:
         """Returns `(samples,)` sample numbers: entry p is the sample at position p of the epoch."""

@@ -1,4 +1,4 @@
-"""The order of samples, point by point as the design states it, over many sizes, lanes, windows and worlds."""
+"""The order of samples, point by point as the design states it, over many sizes, lanes, shard windows and worlds."""
 
 import collections
 import hashlib
@@ -75,9 +75,10 @@ def test_a_shard_window_is_read_whole_before_the_next_begins(order, epoch):
         opened = 0
         while left:
             pieces = list(dict.fromkeys(left))[: order.shards_per_window]
-            window, left = left[: sum(sizes[p] for p in pieces)], left[sum(sizes[p] for p in pieces) :]
-            # First sight tells the window's shards only if it is shuffled whole: no other shard may come in between.
-            assert collections.Counter(window) == {piece: sizes[piece] for piece in pieces}
+            held = sum(sizes[piece] for piece in pieces)
+            shard_window, left = left[:held], left[held:]
+            # First sight tells its shards only if it is shuffled whole: no shard of another may come in between.
+            assert collections.Counter(shard_window) == {piece: sizes[piece] for piece in pieces}
             opened += len(pieces)
         assert opened == len(sizes)
 

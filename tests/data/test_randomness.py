@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pretrain.data import randomness
 from pretrain.data.randomness import key_for, permutation, raw_words, sample_key, torch_seed, uniform
 
 KEYS = st.integers(0, 2**128 - 1)
@@ -23,7 +24,7 @@ def test_keys_and_draws_never_change_between_versions():
 
 def test_each_part_of_a_key_counts():
     first = (7, 0, 3, 12, 1, "crop")
-    others = [(*first[:place], value, *first[place + 1 :]) for place, value in enumerate((8, 1, 4, 13, 2, "flip"))]
+    others = [(*first[:part], value, *first[part + 1 :]) for part, value in enumerate((8, 1, 4, 13, 2, "flip"))]
     assert len({sample_key(*parts) for parts in [first, *others]}) == 7
 
 
@@ -68,9 +69,13 @@ def test_uniform_numbers_fill_the_unit_interval_evenly():
     assert np.all(np.abs(np.histogram(draws, 10, (0, 1))[0] - 400) < 80)
 
 
-def test_the_largest_word_stays_below_one():
+def test_the_largest_word_stays_below_one(monkeypatch):
     """53 of 64 bits are kept, so no word is rounded up to 1."""
-    assert float(np.uint64(2**64 - 1) >> np.uint64(11)) * 2.0**-53 < 1
+    monkeypatch.setattr(randomness, "raw_words", lambda key, count: np.full(count, 2**64 - 1, np.uint64))
+    assert uniform(0, 2).tolist() == [1 - 2.0**-53] * 2
+
+
+def test_a_uniform_number_has_53_bits():
     draws = uniform(key_for("bits"), 100)
     assert np.array_equal(draws * 2.0**53, np.floor(draws * 2.0**53))
 
