@@ -1,0 +1,35 @@
+"""A file is there whole or not at all; a full disk is told from other failures."""
+
+import errno
+import os
+
+import pytest
+
+from pretrain.files import is_out_of_space, replacing, write_text
+
+
+def test_a_write_that_fails_leaves_the_file_as_it_was_and_nothing_beside_it(tmp_path):
+    path = tmp_path / "file"
+    write_text(path, "before")
+    with pytest.raises(ZeroDivisionError), replacing(path) as temporary:  # noqa: PT012 (it fails half-way)
+        temporary.write_text("after")
+        raise ZeroDivisionError
+    assert path.read_text() == "before"
+    assert os.listdir(tmp_path) == ["file"]
+    write_text(path, "after")
+    assert path.read_text() == "after"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_full_disk_is_out_of_space():
+    with pytest.raises(OSError, match="No space left") as caught, open("/dev/full", "w") as full:
+        full.write("content")
+    assert is_out_of_space(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [(errno.EDQUOT, True), (errno.EFBIG, True), (errno.EACCES, False), (errno.EIO, False), (None, False)],
+)
+def test_a_spent_quota_and_a_size_limit_are_out_of_space_and_other_failures_are_not(number, expected):
+    assert is_out_of_space(OSError(number, "words")) == expected
