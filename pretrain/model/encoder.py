@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pretrain.errors import Refused
 from pretrain.model.blocks import LAYER_NORM_EPS, drop_path_rates, initialise, stack
-from pretrain.model.positions import PositionEmbedding
+from pretrain.model.positions import TEMPERATURE, PositionEmbedding
 from pretrain.model.tubelets import Grid, TubeletEmbedding, grid_of
 
 EncoderName = Literal["joint", "factorised_encoder"]
@@ -52,6 +52,9 @@ class EncoderConfig:
     """Frames, height and width of a tubelet."""
     positions: Literal["sincos", "sincos_separable", "learned"] = "sincos"
     """Position embedding."""
+    position_temperature: float = TEMPERATURE
+    """Greatest wavelength of sine-cosine positions over the smallest; on grids of few tokens small models learn faster
+    with a small one."""
     drop_path: float = 0.0
     """Probability that a clip skips the last block's branches in training; rises linearly from the first block."""
 
@@ -95,6 +98,10 @@ class EncoderConfig:
             raise Refused(f"{field}.heads: {heads} heads do not divide {field}.width {width}; change one")
         if width % 2:
             raise Refused(f"{field}.width: {width} must be even")
+        if not 1 < self.position_temperature < math.inf:
+            raise Refused(f"{field}.position_temperature: {self.position_temperature} must be greater than 1")
+        if self.positions == "learned" and self.position_temperature != TEMPERATURE:
+            raise Refused(f"{field}.position_temperature: learned positions have none; leave it out")
         if not 0 <= self.drop_path < 1:
             raise Refused(f"{field}.drop_path: {self.drop_path} must be at least 0 and less than 1")
 
@@ -154,7 +161,7 @@ class Encoder(nn.Module):
         self.width = width
         self.grid: Grid = grid_of(frames, size, config.tubelet)
         self.embedding = TubeletEmbedding(config.tubelet, width, mean, std)
-        self.positions = PositionEmbedding(config.positions, self.grid, width)
+        self.positions = PositionEmbedding(config.positions, self.grid, width, config.position_temperature)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width)) if class_token else None
         rates = drop_path_rates(depth + self._temporal_depth(config), config.drop_path)
         self.blocks = stack(depth, width, heads, config.mlp_ratio, rates[:depth])
@@ -229,7 +236,8 @@ class FactorisedEncoder(Encoder):
 
     def _build_rest(self, config: EncoderConfig, rates: list[float]) -> None:
         width, _, heads = config.sizes()
-        self.temporal_positions = PositionEmbedding(config.positions, Grid(self.grid.slots, 1, 1), width)
+        slots = Grid(self.grid.slots, 1, 1)
+        self.temporal_positions = PositionEmbedding(config.positions, slots, width, config.position_temperature)
         self.temporal_blocks = stack(config.temporal_depth, width, heads, config.mlp_ratio, rates)
         self.temporal_norm: nn.Module = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
 

@@ -72,8 +72,10 @@ class MaskedAutoencoder(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width))
         # The decoder's positions are fixed; a learned embedding is the encoder's own affair.
         positions = "sincos" if encoder.config.positions == "learned" else encoder.config.positions
-        self.decoder_positions = PositionEmbedding(positions, encoder.grid, config.width)
-        self.slot_positions = PositionEmbedding(positions, Grid(encoder.grid.slots, 1, 1), config.width)
+        temperature = encoder.config.position_temperature
+        slots = Grid(encoder.grid.slots, 1, 1)
+        self.decoder_positions = PositionEmbedding(positions, encoder.grid, config.width, temperature)
+        self.slot_positions = PositionEmbedding(positions, slots, config.width, temperature)
         self.decoder_blocks = stack(config.depth, config.width, config.heads, config.mlp_ratio, [0.0] * config.depth)
         self.decoder_norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
         self.decoder_head = nn.Linear(config.width, tubelet_values)

@@ -211,6 +211,14 @@ def test_a_size_below_one_is_refused_by_the_name_of_its_field(field, value):
         EncoderConfig(**{field: value}).validate(16, 224, field="architecture")
 
 
+@pytest.mark.parametrize(
+    "fields", [{"position_temperature": 1.0}, {"positions": "learned", "position_temperature": 20.0}]
+)
+def test_a_temperature_that_cannot_be_or_has_no_effect_is_refused(fields):
+    with pytest.raises(Refused, match=r"^encoder\.position_temperature: "):
+        EncoderConfig(**fields).validate(16, 224)
+
+
 @NAMES
 def test_without_its_last_norm_an_encoder_returns_what_the_last_block_returns(name):
     encoder, clips = encoder_of(name), clips_of()

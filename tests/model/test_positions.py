@@ -65,6 +65,15 @@ def test_the_separable_table_joins_the_tables_of_slot_row_and_column(width):
 
 
 @pytest.mark.parametrize("kind", FIXED)
+def test_a_small_temperature_tells_neighbours_on_a_small_grid_further_apart(kind):
+    customary, small = (PositionEmbedding(kind, Grid(4, 2, 2), 96, degrees).table[0] for degrees in (10000.0, 20.0))
+    assert torch.pdist(small).mean() > 1.3 * torch.pdist(customary).mean()
+    assert sincos_table(5, 4, 100.0)[3].tolist() == pytest.approx(
+        [math.sin(3), math.cos(3), math.sin(0.3), math.cos(0.3)]
+    )
+
+
+@pytest.mark.parametrize("kind", FIXED)
 def test_no_two_tokens_of_a_clip_share_a_fixed_position(kind):
     table = PositionEmbedding(kind, Grid(8, 14, 14), 192).table[0]
     assert torch.pdist(table).min() > 0.1
