@@ -1,11 +1,14 @@
 """The classifier: an encoder, a class token or mean pooling, and an MLP head (ViT, arXiv 2010.11929, section 3.1).
 
 The pretrained encoder has no class token; finetuning adds a fresh one, which stands where the encoder's design wants
-it: in the sequence of a joint encoder, in the temporal transformer of a factorised one.
+it: in the sequence of a joint encoder, in the temporal transformer of a factorised one. With mean pooling the last
+layer norm is a fresh one behind the mean in place of the encoder's own, as in VideoMAE (arXiv 2203.12602).
 """
 
 import dataclasses
 import itertools
+import operator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from finetune.config import HeadConfig
 from pretrain.data.clips import ClipConfig
 from pretrain.errors import Refused
 from pretrain.model.blocks import LAYER_NORM_EPS, initialise
-from pretrain.model.encoder import Encoder, EncoderConfig
+from pretrain.model.encoder import Encoded, Encoder, EncoderConfig
 from pretrain.weights import configs_from, describe_encoder, encoder_from, load_model_folder, save_model_folder
 
 
@@ -23,19 +26,21 @@ class Classifier(nn.Module):
     """An encoder with a head.
 
     Args:
-        encoder: The encoder; it must have a class token if the head reads one.
+        encoder: The encoder; it must have a class token if the head reads one, and loses its last norm if not.
         head: The head.
         classes: Number of classes.
     """
 
     def __init__(self, encoder: Encoder, head: HeadConfig, classes: int) -> None:
-        """Creates the head; the encoder keeps its weights."""
+        """Creates the head; the encoder keeps its other weights."""
         super().__init__()
         self.encoder = encoder
-        self.pool = head.pool
+        self.pool: Callable[[Encoded], Any] = operator.attrgetter("class_token")
         widths = [encoder.width, *head.hidden]
         layers: list[nn.Module] = []
         if head.pool == "mean":
+            self.pool = Encoded.mean
+            encoder.leave_out_last_norm()
             layers.append(nn.LayerNorm(encoder.width, eps=LAYER_NORM_EPS))
         for before, after in itertools.pairwise(widths):
             layers += [nn.Linear(before, after), nn.GELU()]
@@ -47,8 +52,7 @@ class Classifier(nn.Module):
 
     def forward(self, clips: Tensor) -> Tensor:
         """Returns logits `(B, classes)` for clips `(B, T, H, W, C)`, uint8 or normalised floats."""
-        encoded = self.encoder(clips)
-        return self.head(encoded.class_token if self.pool == "class_token" else encoded.mean())
+        return self.head(self.pool(self.encoder(clips)))
 
     def group_matcher(self, coarse: bool = False) -> Any:
         """Returns a function from parameter names to layers, for timm's layer-wise decay."""
@@ -78,9 +82,12 @@ class ModelDescription:
     short_side: int
     frame_rate: float | None
 
-    def build(self) -> Classifier:
-        """Returns a classifier with fresh weights."""
-        encoder = encoder_from(self.encoder, self.clip, class_token=self.head.pool == "class_token")
+    def build_encoder(self) -> Encoder:
+        """Returns the encoder with fresh weights."""
+        return encoder_from(self.encoder, self.clip, class_token=self.head.pool == "class_token")
+
+    def build(self, encoder: Encoder) -> Classifier:
+        """Returns a classifier with a fresh head on an encoder from `build_encoder`."""
         return Classifier(encoder, self.head, len(self.classes))
 
 
@@ -118,7 +125,7 @@ def load(folder: str | Path) -> tuple[Classifier, ModelDescription]:
         )
     except (KeyError, TypeError) as error:
         raise Refused(f"{folder / 'config.json'}: does not describe a classifier ({error}); export it again") from None
-    model = description.build()
+    model = description.build(description.build_encoder())
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

@@ -49,16 +49,16 @@ class MixingConfig:
         """Whether clips are mixed at all."""
         return self.mixup > 0 or self.cutmix > 0
 
-    def validate(self, micro_batch_clips: int) -> None:
-        """Raises `Refused` for values that cannot be."""
+    def validate(self, micro_batch: int) -> None:
+        """Raises `Refused` for values that cannot be, or that a micro-batch of so many samples cannot be mixed with."""
         for name in ("probability", "switch_probability", "label_smoothing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise Refused(f"mixing.{name}: {getattr(self, name)} must lie between 0 and 1")
         if self.mixup < 0 or self.cutmix < 0:
             raise Refused("mixing.mixup, mixing.cutmix: must not be negative")
-        if self.mixes and micro_batch_clips % 2:
+        if self.mixes and micro_batch % 2:  # else the sample in the middle is mixed with itself
             raise Refused(
-                f"data.micro_batch: mixup pairs a micro-batch's clips, and {micro_batch_clips} is odd; use an even one"
+                f"data.micro_batch: mixup pairs a micro-batch's samples, and {micro_batch} is odd; use an even one"
             )
 
 
@@ -98,15 +98,22 @@ class FinetuneConfig(RunConfig):
     views: ViewsConfig = dataclasses.field(default_factory=ViewsConfig)
     """Views of each held-out video in the final evaluation."""
 
+    def source(self) -> str | EncoderConfig:
+        """Returns the pretrained encoder to start from, or the architecture to train from scratch."""
+        source = self.architecture if self.encoder is None else self.encoder
+        if source is None:
+            raise Refused("encoder: is missing; give a pretraining run, or an architecture to train from scratch")
+        return source
+
     def validate(self) -> None:
         """Raises `Refused` for whatever is wrong, before anything is allocated."""
         self.validate_run()
         self.head.validate()
-        self.mixing.validate(self.data.micro_batch * self.data.repeats)
+        self.mixing.validate(self.data.micro_batch)
         self.views.validate()
-        if self.encoder is None and self.architecture is None:
-            raise Refused("encoder: is missing; give a pretraining run, or an architecture to train from scratch")
+        self.source()
+        if self.architecture is not None and self.architecture.drop_path:
+            raise Refused("architecture.drop_path: is not read in finetuning; give drop_path instead")
         if not 0 <= self.drop_path < 1:
             raise Refused(f"drop_path: {self.drop_path} must be at least 0 and less than 1")
-        if self.validation.every < 1 or self.validation.samples < 1:
-            raise Refused("validation.every, validation.samples: must be at least 1")
+        self.validation.validate()

@@ -1,12 +1,16 @@
 """Evaluation: every video of a set exactly once, whatever the number of processes; the logits of its views averaged."""
 
+import contextlib
 import dataclasses
+import json
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_confusion_matrix
 
 from finetune.classifier import load
@@ -16,9 +20,10 @@ from pretrain.data.loader import EvaluationViews, evaluation_batches
 from pretrain.data.order import evaluation_slice
 from pretrain.data.shards import ShardSet
 from pretrain.engine.distributed import Processes
-from pretrain.errors import Refused
-from pretrain.files import write_json, write_text
+from pretrain.errors import DiskFull, Refused, StoppedByRule
+from pretrain.files import is_out_of_space, write_json, write_text
 from pretrain.report import Figure, Section, Table, confusion_matrix, write_report
+from pretrain.stage import open_shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +38,7 @@ class EvaluateConfig:
     """Folder for evaluation.json, predictions.jsonl and report.html; by default `evaluation` in the model's."""
     views: ViewsConfig = dataclasses.field(default_factory=ViewsConfig)
     """Views of each video."""
-    batch: int = 8
+    micro_batch: int = 8
     """Videos that one process sends through the model at once."""
     workers: int = 2
     """Loader processes for each process."""
@@ -41,8 +46,24 @@ class EvaluateConfig:
     def validate(self) -> None:
         """Raises `Refused` for numbers that cannot be."""
         self.views.validate()
-        if self.batch < 1 or self.workers < 0:
-            raise Refused("batch, workers: must be at least 1 and 0")
+        if self.micro_batch < 1 or self.workers < 0:
+            raise Refused("micro_batch, workers: must be at least 1 and 0")
+
+
+class VideoLogits(NamedTuple):
+    """What the model made of one video.
+
+    Attributes:
+        key: The video's key.
+        label: The number of its class.
+        logits: `(K,)`, the mean over its views; None where it cannot be decoded.
+        error: Why it cannot be decoded, or None.
+    """
+
+    key: str
+    label: int
+    logits: np.ndarray | None
+    error: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +74,13 @@ class Evaluation:
         figures: `top1`, `top5`, `mean_class_accuracy` as shares, `samples`, and `errors`, the videos that could not be
             decoded, which count as wrong.
         confusion: `(K, K)` counts of the decoded videos; rows are true classes.
+        videos: `(K,)` counts of all videos of each class, those included that could not be decoded.
         predictions: For each video its key, label, the predicted class and its probability, or why there is none.
     """
 
     figures: dict[str, Any]
     confusion: np.ndarray
+    videos: np.ndarray
     predictions: list[dict[str, Any]]
 
 
@@ -65,41 +88,48 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     """Evaluates a model folder on a set and writes what it found to a folder of its own.
 
     Raises:
-        Refused: The model or the shards cannot be read, or their classes differ.
+        Refused: The model or the shards cannot be read, their classes differ, or the folder cannot be written.
+        StoppedByRule: The model returns logits that are not finite.
+        DiskFull: There is no space left for what was found.
     """
     config.validate()
     model, description = load(config.model)
-    shards = ShardSet.open(config.shards)
-    check_labels(shards, description.classes)
+    shards = open_shards("shards", config.shards, description.clip)
+    check_classes(shards, description.classes)
+    out = Path(config.out) if config.out else Path(config.model) / "evaluation"
     with Processes() as processes:
+        processes.on_main_only(lambda: make_writable(out))
         evaluation = evaluate_on(
             model.to(processes.device),
             shards,
+            np.arange(shards.samples),
             description.clip,
             description.classes,
             config.views,
             processes,
-            config.batch,
+            config.micro_batch,
             config.workers,
         )
-        if processes.is_main:
-            out = Path(config.out) if config.out else Path(config.model) / "evaluation"
-            write_evaluation(out, evaluation, description.classes, config.shards)
+        record = {"model": config.model} | circumstances(shards, config.views)
+        processes.on_main_only(lambda: write_evaluation(out, evaluation, description.classes, record))
     return evaluation
 
 
-def check_labels(shards: ShardSet, classes: tuple[str, ...]) -> None:
-    """Raises `Refused` unless the set's labels are the model's classes."""
-    if not shards.labelled:
-        raise Refused(f"{shards.folder}: has no labels; pack it from class folders or with --list")
-    labels = shards.labels()
-    if max(labels) >= len(classes):
-        raise Refused(
-            f"{shards.folder}: has label {max(labels)}, but the model knows the classes 0 to {len(classes) - 1}; "
-            f"evaluate on a set with the same classes"
-        )
-    if len(classes) < 2:
+def check_training_labels(shards: ShardSet) -> None:
+    """Raises `Refused` unless a classifier can learn from the set's labels."""
+    _greatest_label(shards)
+    if len(shards.classes) < 2:
         raise Refused(f"{shards.folder}: a classifier needs two classes or more; pack more class folders")
+
+
+def check_classes(shards: ShardSet, classes: tuple[str, ...]) -> None:
+    """Raises `Refused` unless the set's labels are the model's classes."""
+    greatest = _greatest_label(shards)
+    if greatest >= len(classes):
+        raise Refused(
+            f"{shards.folder}: has label {greatest}, but the model knows the classes 0 to {len(classes) - 1}; "
+            f"give a set with the same classes"
+        )
     if shards.classes[: len(classes)] != classes[: len(shards.classes)]:
         raise Refused(
             f"{shards.folder}: its classes {', '.join(shards.classes[:3])} ... are not the model's "
@@ -107,42 +137,75 @@ def check_labels(shards: ShardSet, classes: tuple[str, ...]) -> None:
         )
 
 
+def _greatest_label(shards: ShardSet) -> int:
+    if not shards.labelled:
+        raise Refused(f"{shards.folder}: has no labels; pack it from class folders or with --list")
+    greatest = max(shards.labels())
+    if greatest >= len(shards.classes):
+        raise Refused(
+            f"{shards.folder}: has label {greatest}, but its index.json names the classes 0 to "
+            f"{len(shards.classes) - 1}; pack the videos again"
+        )
+    return greatest
+
+
+@contextlib.contextmanager
+def writing_to(out: Path) -> Iterator[None]:
+    """Makes one line of what may go wrong when files are written to a folder."""
+    try:
+        yield
+    except OSError as error:
+        if is_out_of_space(error):
+            raise DiskFull(f"{out}: no space left on the disk; free some or give another --out") from None
+        raise Refused(f"{out}: cannot be written ({error.strerror}); give another --out") from None
+
+
+def make_writable(out: Path) -> None:
+    """Makes a folder and tries to write to it, so that no evaluation ends in a folder that takes no files."""
+    with writing_to(out):
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out) as file:
+            file.write(bytes(1 << 16))
+
+
 def evaluate_on(
     model: nn.Module,
     shards: ShardSet,
+    chosen: np.ndarray,
     clip: ClipConfig,
     classes: tuple[str, ...],
     views: ViewsConfig,
     processes: Processes,
-    batch: int,
+    micro_batch: int,
     workers: int,
-    samples: int | None = None,
 ) -> Evaluation:
     """Evaluates a model on labelled shards; every rank calls it and gets the same result.
 
     Args:
         model: Returns logits for clips.
         shards: Labelled videos.
+        chosen: The numbers of the samples to evaluate on.
         clip: The clips that the model sees.
         classes: Names of the classes.
         views: Views of each video.
         processes: All processes.
-        batch: Videos that go through the model at once.
+        micro_batch: Videos that go through the model at once.
         workers: Loader processes.
-        samples: Use at most this many videos, spread evenly over the set.
+
+    Raises:
+        StoppedByRule: The model returns logits that are not finite.
     """
-    chosen = np.linspace(0, shards.samples - 1, min(samples or shards.samples, shards.samples)).astype(np.int64)
     numbers, counted = evaluation_slice(len(chosen), processes.world, processes.rank)
     cutter = EvaluationViews(shards, clip, views.temporal, views.spatial)
     was_training = model.training
     model.eval()
-    own: list[tuple[str, int, np.ndarray | None, str | None]] = []
+    own: list[VideoLogits] = []
     with torch.no_grad():
-        for group in evaluation_batches(cutter, chosen[numbers], counted, batch, workers):
+        for group in evaluation_batches(cutter, chosen[numbers], counted, micro_batch, workers):
             clips = torch.cat([one.clips for one in group]).to(processes.device)
             logits = model(clips).float().unflatten(0, (len(group), -1)).mean(1).cpu().numpy()
             own += [
-                (one.key, one.label, None if one.error else row, one.error)
+                VideoLogits(one.key, one.label, None if one.error else row, one.error)
                 for one, row in zip(group, logits, strict=True)
                 if one.counted
             ]
@@ -150,63 +213,81 @@ def evaluate_on(
     return figures_of([one for part in processes.gather_objects(own) for one in part], classes)
 
 
-def figures_of(results: list[tuple[str, int, np.ndarray | None, str | None]], classes: tuple[str, ...]) -> Evaluation:
-    """Computes the figures from (key, label, logits or None, error or None) of each video."""
-    decoded = [one for one in results if one[2] is not None]
-    errors = len(results) - len(decoded)
+def figures_of(seen: list[VideoLogits], classes: tuple[str, ...]) -> Evaluation:
+    """Computes the figures from what the model made of all videos.
+
+    Raises:
+        StoppedByRule: Logits are not finite, so that no class is the most probable.
+    """
+    decoded, rows = [], []
+    for one in seen:
+        if one.logits is not None:
+            decoded.append(one)
+            rows.append(one.logits)
+    errors = len(seen) - len(decoded)
+    count = len(classes)
+    videos = np.bincount([one.label for one in seen], minlength=count)
     predictions: list[dict[str, Any]] = [
-        {"key": key, "label": classes[label], "error": error} for key, label, logits, error in results if error
+        {"key": one.key, "label": classes[one.label], "error": one.error} for one in seen if one.error
     ]
     if not decoded:
-        figures = {"top1": 0.0, "top5": 0.0, "mean_class_accuracy": 0.0, "samples": len(results), "errors": errors}
-        return Evaluation(figures, np.zeros((len(classes),) * 2, dtype=np.int64), predictions)
-    logits = torch.from_numpy(np.stack([one[2] for one in decoded]))
-    labels = torch.tensor([one[1] for one in decoded])
-    share = len(decoded) / len(results)
-    top = min(5, len(classes))
-    count = len(classes)
+        figures = {"top1": 0.0, "top5": 0.0, "mean_class_accuracy": 0.0, "samples": len(seen), "errors": errors}
+        return Evaluation(figures, np.zeros((count, count), dtype=np.int64), videos, predictions)
+    logits = torch.from_numpy(np.stack(rows))
+    _stop_if_not_finite(logits, decoded)
+    labels = torch.tensor([one.label for one in decoded])
+    share = len(decoded) / len(seen)
     accuracy = {
         "top1": multiclass_accuracy(logits, labels, count, average="micro").item() * share,
-        "top5": multiclass_accuracy(logits, labels, count, average="micro", top_k=top).item() * share,
+        "top5": multiclass_accuracy(logits, labels, count, average="micro", top_k=min(5, count)).item() * share,
     }
-    probabilities = logits.softmax(1)
-    for (key, label, _, _), row in zip(decoded, probabilities, strict=True):
+    for one, row in zip(decoded, logits.softmax(1), strict=True):
         best = int(row.argmax())
-        predictions.append(
-            {"key": key, "label": classes[label], "predicted": classes[best], "probability": round(float(row[best]), 4)}
-        )
+        found = {"predicted": classes[best], "probability": round(float(row[best]), 4)}
+        predictions.append({"key": one.key, "label": classes[one.label]} | found)
     confusion = multiclass_confusion_matrix(logits.argmax(1), labels, count).numpy()
-    videos = np.bincount([label for _, label, _, _ in results], minlength=count)  # with those that cannot be decoded
     accuracy["mean_class_accuracy"] = float((confusion.diagonal()[videos > 0] / videos[videos > 0]).mean())
-    return Evaluation(accuracy | {"samples": len(results), "errors": errors}, confusion, predictions)
+    return Evaluation(accuracy | {"samples": len(seen), "errors": errors}, confusion, videos, predictions)
 
 
-def write_evaluation(out: Path, evaluation: Evaluation, classes: tuple[str, ...], shards: str) -> None:
-    """Writes `evaluation.json`, `predictions.jsonl` and `report.html`."""
-    import json
+def _stop_if_not_finite(logits: Tensor, decoded: list[VideoLogits]) -> None:
+    bad = (~logits.isfinite().all(1)).nonzero().flatten().tolist()
+    if bad:
+        raise StoppedByRule(
+            f"{decoded[bad[0]].key}: the model's logits are not finite ({len(bad)} of {len(decoded)} such videos); "
+            f"finetune again with a lower optimizer.base_lr"
+        )
 
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "evaluation.json", evaluation.figures)
-    write_text(out / "predictions.jsonl", "".join(json.dumps(one) + "\n" for one in evaluation.predictions))
+
+def circumstances(shards: ShardSet, views: ViewsConfig) -> dict[str, Any]:
+    """Returns what `evaluation.json` notes beside the figures: the videos and the views they were found on."""
+    return {"shards": str(shards.folder), "fingerprint": shards.fingerprint, "views": dataclasses.asdict(views)}
+
+
+def write_evaluation(out: Path, evaluation: Evaluation, classes: tuple[str, ...], record: dict[str, Any]) -> None:
+    """Writes `evaluation.json` with the figures and a record of what they belong to, `predictions.jsonl` and a page."""
     figures = evaluation.figures
-    write_report(
-        out / "report.html",
-        title=f"Evaluation on {Path(shards).name}",
-        summary=f"{figures['samples']} videos, {figures['errors']} of them not decodable.",
-        headline=[(f"{100 * figures[name]:.1f} %", label) for name, label in HEADLINE],
-        sections=evaluation_sections(evaluation, classes),
-    )
+    with writing_to(out):
+        write_json(out / "evaluation.json", figures | record)
+        write_text(out / "predictions.jsonl", "".join(json.dumps(one) + "\n" for one in evaluation.predictions))
+        write_report(
+            out / "report.html",
+            title=f"Evaluation on {Path(record['shards']).name}",
+            summary=f"{figures['samples']} videos, {figures['errors']} of them not decodable.",
+            headline=[(f"{100 * figures[name]:.1f} %", label) for name, label in HEADLINE],
+            sections=evaluation_sections(evaluation, classes),
+            facts=record,
+        )
 
 
 HEADLINE = (("mean_class_accuracy", "mean class accuracy"), ("top5", "top-5 accuracy"), ("top1", "top-1 accuracy"))
 
 
 def evaluation_sections(evaluation: Evaluation, classes: tuple[str, ...]) -> list[Section]:
-    """Returns the confusion matrix and the accuracy of each class."""
-    totals = evaluation.confusion.sum(1)
+    """Returns the confusion matrix, and each class's accuracy over all of its videos."""
     rows = [
-        (name, int(total), f"{100 * right / total:.1f} %" if total else "-")
-        for name, total, right in zip(classes, totals, evaluation.confusion.diagonal(), strict=True)
+        (name, int(videos), f"{100 * right / videos:.1f} %" if videos else "-")
+        for name, videos, right in zip(classes, evaluation.videos, evaluation.confusion.diagonal(), strict=True)
     ]
     return [
         Section("Confusion", parts=[Figure(confusion_matrix(evaluation.confusion, classes), "Rows are true classes.")]),

@@ -2,22 +2,33 @@
 
 import dataclasses
 import functools
+import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from finetune.classifier import ModelDescription, save_classifier
-from finetune.config import FinetuneConfig
-from finetune.evaluate import HEADLINE, Evaluation, check_labels, evaluate_on, evaluation_sections
+from finetune.classifier import Classifier, ModelDescription, save_classifier
+from finetune.config import FinetuneConfig, MixingConfig, ViewsConfig
+from finetune.evaluate import (
+    HEADLINE,
+    Evaluation,
+    check_classes,
+    check_training_labels,
+    circumstances,
+    evaluate_on,
+    evaluation_sections,
+)
 from pretrain.data.clips import ClipConfig
 from pretrain.data.loader import Batch, TrainingClips
 from pretrain.data.shards import ShardSet
 from pretrain.engine.run import Run
 from pretrain.engine.tracking import read_metrics
+from pretrain.engine.trainer import Objective
 from pretrain.files import sha256_of_file, write_json
 from pretrain.model.encoder import EncoderConfig
 from pretrain.report import Section, write_report
@@ -42,6 +53,22 @@ from pretrain.weights import (
     refuse_other_clip,
 )
 
+logger = logging.getLogger(__name__)
+
+
+class Start(NamedTuple):
+    """What training starts from.
+
+    Attributes:
+        architecture: The encoder's architecture.
+        folder: The pretrained encoder's folder; None from scratch.
+        weights: Its weights; none from scratch.
+    """
+
+    architecture: EncoderConfig
+    folder: Path | None
+    weights: dict[str, Tensor]
+
 
 def finetune(config: FinetuneConfig) -> dict[str, Any]:
     """Finetunes an encoder, or trains one from scratch, and leaves the classifier in the run's folder.
@@ -54,30 +81,15 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         StoppedByRule: The run was stopped; its checkpoints are whole.
     """
     config.validate()
-    shards = open_shards("data.shards", config.data.shards, config.data.clip)
-    check_labels(shards, shards.classes)
-    held_out = None
-    if config.validation.shards:
-        held_out = open_shards("validation.shards", config.validation.shards, config.data.clip)
-        check_labels(held_out, shards.classes)
-    weights, architecture = starting_point(config)
-    architecture.validate(config.data.clip.frames, config.data.clip.size)
+    shards, held_out = open_labelled_sets(config)
+    start = starting_point(config)
     order = order_of(config, shards)
     steps = config.total_steps(order.steps_per_epoch)
-    description = ModelDescription(
-        dataclasses.replace(architecture, drop_path=config.drop_path),
-        config.data.clip,
-        config.head,
-        shards.classes,
-        shards.short_side,
-        shards.frame_rate,
-    )
+    description = describe(config, start.architecture, shards)
     torch.manual_seed(config.seed)
-    model = description.build()
-    if weights:
-        load_encoder_weights(model.encoder, weights, find_encoder(config.encoder))
+    classifier = build_classifier(description, start)
     trained = {
-        "encoder": sha256_of_file(find_encoder(config.encoder) / "model.safetensors") if config.encoder else None,
+        "encoder": sha256_of_file(start.folder / "model.safetensors") if start.folder else None,
         **named_fields("architecture", description.encoder),
         **named_fields("head", config.head),
     }
@@ -87,15 +99,17 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     ):
         if is_finished(run, steps):
             return say_finished(run)
+        if not run.saved:
+            logger.info(f"starting from {start.folder}" if start.folder else "training from scratch")
         check = functools.partial(accuracy_on, held_out, config, description, run) if held_out else None
         model = train(
             config,
             run,
             order,
             steps,
-            model,
+            classifier,
             TrainingClips(shards, config.data, config.seed),
-            build_objective(config, len(shards.classes)),
+            build_objective(config.mixing, config.data.clip, len(shards.classes)),
             validation=check,
             validate_every=config.validation.every,
             export=functools.partial(export_classifier, description, run),
@@ -110,28 +124,64 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         return summary
 
 
-def starting_point(config: FinetuneConfig) -> tuple[dict[str, Tensor] | None, EncoderConfig]:
-    """Returns the pretrained weights and the architecture; no weights where training starts from scratch.
+def open_labelled_sets(config: FinetuneConfig) -> tuple[ShardSet, ShardSet | None]:
+    """Returns the training set and the held-out set, if there is one; raises `Refused` if their labels do not do."""
+    shards = open_shards("data.shards", config.data.shards, config.data.clip)
+    check_training_labels(shards)
+    if not config.validation.shards:
+        return shards, None
+    held_out = open_shards("validation.shards", config.validation.shards, config.data.clip)
+    check_classes(held_out, shards.classes)
+    return shards, held_out
+
+
+def describe(config: FinetuneConfig, architecture: EncoderConfig, shards: ShardSet) -> ModelDescription:
+    """Returns the description of the classifier that the run trains."""
+    return ModelDescription(
+        dataclasses.replace(architecture, drop_path=config.drop_path),
+        config.data.clip,
+        config.head,
+        shards.classes,
+        shards.short_side,
+        shards.frame_rate,
+    )
+
+
+def starting_point(config: FinetuneConfig) -> Start:
+    """Returns the pretrained encoder that `config.encoder` names, or the architecture to train from scratch.
 
     Raises:
-        Refused: The encoder is of another architecture, or its clips are of another shape.
+        Refused: The encoder is of another architecture, its clips are of another shape, or the architecture cannot be.
     """
-    if config.encoder is None:
-        return None, config.architecture.resolved()
-    folder = find_encoder(config.encoder)
+    source, clip = config.source(), config.data.clip
+    if isinstance(source, EncoderConfig):
+        source.validate(clip.frames, clip.size, field="architecture")
+        return Start(source.resolved(), None, {})
+    folder = find_encoder(source)
     weights, content = load_model_folder(folder)
-    architecture, clip = configs_from(content, folder)
+    architecture, pretrained_clip = configs_from(content, folder)
+    architecture.validate(pretrained_clip.frames, pretrained_clip.size, field=f"{folder / 'config.json'}: encoder")
     refuse_other_architecture("architecture", folder, architecture, config.architecture or architecture)
-    refuse_other_clip(folder, clip, config.data.clip)
-    return weights, architecture
+    refuse_other_clip(folder, pretrained_clip, clip)
+    return Start(architecture, folder, weights)
 
 
-def build_objective(config: FinetuneConfig, classes: int) -> Any:
-    """Returns the loss of a batch: cross-entropy with label smoothing, over mixed clips if the recipe mixes."""
-    mixing = config.mixing
+def build_classifier(description: ModelDescription, start: Start) -> Classifier:
+    """Returns a classifier with a fresh head; raises `Refused` if the encoder's weights do not fit its description."""
+    encoder = description.build_encoder()
+    if start.folder:
+        load_encoder_weights(encoder, start.weights, start.folder)
+    return description.build(encoder)
+
+
+def build_objective(mixing: MixingConfig, clip: ClipConfig, classes: int) -> Objective:
+    """Returns the loss of a batch: cross-entropy with label smoothing, over mixed clips if the recipe mixes.
+
+    Logits are taken in full precision, whatever the model computes in.
+    """
     if not mixing.mixes:
         entropy = nn.CrossEntropyLoss(label_smoothing=mixing.label_smoothing)
-        return lambda model, batch: entropy(model(batch.clips), batch.labels)
+        return lambda model, batch: entropy(model(batch.clips).float(), batch.labels)
     mixup = Mixup(
         mixup_alpha=mixing.mixup,
         cutmix_alpha=mixing.cutmix,
@@ -143,8 +193,8 @@ def build_objective(config: FinetuneConfig, classes: int) -> Any:
     soft_entropy = SoftTargetCrossEntropy()
 
     def objective(model: nn.Module, batch: Batch) -> Tensor:
-        clips, targets = mix(mixup, batch, config.data.clip)
-        return soft_entropy(model(clips), targets)
+        clips, targets = mix(mixup, batch, clip)
+        return soft_entropy(model(clips).float(), targets)
 
     return objective
 
@@ -170,13 +220,13 @@ def accuracy_on(
     figures = evaluate_on(
         model,
         held_out,
+        config.validation.chosen(held_out.samples),
         description.clip,
         description.classes,
-        dataclasses.replace(config.views, temporal=1, spatial=1),
+        ViewsConfig(temporal=1, spatial=1),
         run.processes,
         config.data.micro_batch,
         config.data.workers,
-        config.validation.samples,
     ).figures
     return {f"validation_{name}": figures[name] for name in ("top1", "top5")}
 
@@ -184,10 +234,11 @@ def accuracy_on(
 def evaluate_finally(
     model: nn.Module, held_out: ShardSet, config: FinetuneConfig, description: ModelDescription, run: Run
 ) -> Evaluation:
-    """Evaluates with all views and writes `evaluation.json`."""
+    """Evaluates on all held-out samples with all views and writes `evaluation.json`."""
     evaluation = evaluate_on(
         model,
         held_out,
+        np.arange(held_out.samples),
         description.clip,
         description.classes,
         config.views,
@@ -196,7 +247,7 @@ def evaluate_finally(
         config.data.workers,
     )
     if run.processes.is_main:
-        write_json(run.out / "evaluation.json", evaluation.figures)
+        write_json(run.out / "evaluation.json", evaluation.figures | circumstances(held_out, config.views))
     return evaluation
 
 

@@ -12,7 +12,8 @@ from pretrain.data.clips import ClipConfig
 from pretrain.data.loader import EvaluationViews, evaluation_batches
 from pretrain.data.order import evaluation_slice
 from pretrain.data.shards import ShardSet
-from pretrain.errors import Refused
+from pretrain.errors import Refused, StoppedByRule
+from pretrain.stage import refuse_stride_on_resampled
 
 NEIGHBOURS = 20
 TEMPERATURE = 0.07
@@ -20,24 +21,29 @@ TEMPERATURE = 0.07
 
 @torch.no_grad()
 def features(
-    encoder: nn.Module, shards: ShardSet, clip: ClipConfig, batch: int = 16, workers: int = 0
+    encoder: nn.Module, shards: ShardSet, clip: ClipConfig, micro_batch: int = 16, workers: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Returns the mean token of every video's middle clip, `(samples, D)`, and the labels, `(samples,)`.
 
     Raises:
-        Refused: A video cannot be decoded.
+        Refused: A video cannot be decoded, or the clip's stride means nothing on this set.
+        StoppedByRule: The encoder returns features that are not finite.
     """
+    refuse_stride_on_resampled("shards", shards, clip)
     encoder.eval()
     device = next(encoder.parameters()).device
     numbers, counted = evaluation_slice(shards.samples, world=1, rank=0)
     pooled, labels = [], []
-    for group in evaluation_batches(EvaluationViews(shards, clip), numbers, counted, batch, workers):
+    for group in evaluation_batches(EvaluationViews(shards, clip), numbers, counted, micro_batch, workers):
         broken = next((one for one in group if one.error), None)
         if broken:
             raise Refused(f"{shards.folder}: {broken.key} cannot be decoded ({broken.error}); pack the videos anew")
         pooled.append(encoder(torch.cat([one.clips for one in group]).to(device)).mean().float().cpu())
         labels += [one.label for one in group]
-    return torch.cat(pooled), torch.tensor(labels)
+    found = torch.cat(pooled)
+    if not found.isfinite().all():
+        raise StoppedByRule(f"{shards.folder}: the encoder's features are not finite; pretrain again")
+    return found, torch.tensor(labels)
 
 
 def knn_accuracy(

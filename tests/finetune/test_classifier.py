@@ -41,13 +41,26 @@ def test_every_encoder_with_every_pooling_gives_logits_that_depend_on_the_clip(n
 
 @pytest.mark.parametrize("name", ["joint", "factorised_encoder"])
 def test_a_class_token_is_added_to_an_encoder_that_was_pretrained_without_one(name):
-    without, with_token = classifier(name, "mean").encoder, classifier(name, "class_token").encoder
+    with_token = classifier(name, "class_token").encoder
+    without = encoder_from(with_token.config, CLIP)
     torch.manual_seed(1)
     weights = {key: torch.randn_like(value) for key, value in without.state_dict().items()}
     fresh = with_token.class_token.detach().clone()
     load_encoder_weights(with_token, weights, Path("somewhere"))
     assert torch.equal(with_token.class_token, fresh)
     assert all(torch.equal(with_token.state_dict()[key], value) for key, value in weights.items())
+
+
+@pytest.mark.parametrize("name", ["joint", "factorised_encoder"])
+def test_mean_pooling_has_one_norm_behind_the_mean_in_place_of_the_encoders_last(name):
+    model, clips = classifier(name, "mean", init_scale=1.0), torch.randint(0, 256, (2, 4, 16, 16, 3), dtype=torch.uint8)
+    last_norm = "encoder.norm." if name == "joint" else "encoder.temporal_norm."
+    assert not [key for key in model.state_dict() if key.startswith(last_norm)]
+    assert [key for key in classifier(name, "class_token").state_dict() if key.startswith(last_norm)]
+    pooled = model.encoder(clips).mean()
+    norm, _, last = model.head
+    torch.testing.assert_close(model(clips), last(norm(pooled)))
+    assert not torch.allclose(pooled, norm(pooled), atol=0.1), "the mean is of tokens that no norm has seen"
 
 
 @pytest.mark.parametrize(("name", "blocks"), [("joint", 2), ("factorised_encoder", 4)])

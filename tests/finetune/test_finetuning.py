@@ -9,8 +9,10 @@ import pytest
 import torch
 from timm.data import Mixup
 
-from finetune.finetuning import mix
+from finetune.config import FinetuneConfig, MixingConfig
+from finetune.finetuning import build_objective, finetune, mix
 from launch.cli import main
+from pretrain.commandline import parse
 from pretrain.data.clips import ClipConfig
 from pretrain.data.loader import Batch
 from pretrain.engine.tracking import read_metrics
@@ -31,6 +33,8 @@ def test_a_run_leaves_curves_a_model_and_the_accuracy_on_held_out_videos(finetun
     assert [entry["step"] for entry in entries if "validation_top1" in entry] == [3, 6]
     figures = json.loads((finetuned / "evaluation.json").read_text())
     assert (figures["samples"], figures["errors"]) == (11, 0)
+    assert figures["views"] == {"temporal": 1, "spatial": 1}
+    assert len(figures["fingerprint"]) == 64
     summary = json.loads((finetuned / "summary.json").read_text())
     assert summary["top1"] == figures["top1"]
     assert json.loads((finetuned / "model" / "config.json").read_text())["classes"] == ["jump", "run"]
@@ -50,6 +54,19 @@ def test_resuming_with_drop_path_and_mixup_is_exact_to_the_bit(finetuned, finetu
     assert ours == theirs
     for name in ("model/model.safetensors", "evaluation.json"):
         assert (out / name).read_bytes() == (finetuned / name).read_bytes()
+
+
+def test_a_finished_run_returns_its_summary(finetuned, finetuning):
+    config = parse(FinetuneConfig, "finetune", [*finetuning[1:], "--out", str(finetuned)])
+    assert finetune(config) == json.loads((finetuned / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("mixing", [MixingConfig(), MixingConfig(mixup=0.8)])
+def test_the_loss_is_computed_in_full_precision_whatever_the_model_returns(mixing):
+    clips = torch.randint(0, 256, (2, 2, 4, 4, 3), dtype=torch.uint8)
+    logits = torch.tensor([[8.0, 1.0, 0.0], [0.5, 9.0, 2.0]], dtype=torch.bfloat16)
+    objective = build_objective(mixing, ClipConfig(), classes=3)
+    assert objective(lambda clips: logits, Batch(clips, torch.tensor([0, 1]), *[None] * 5)).dtype == torch.float32
 
 
 def test_a_step_draws_the_same_mixture_whatever_was_drawn_before():
@@ -86,7 +103,8 @@ def test_an_unmixed_clip_is_normalised_as_the_encoder_normalises_it():
         ("--architecture.width", "64", "architecture.width: is 64, but the encoder in"),
         ("--data.clip.frames", "8", "data.clip.frames: is 8, but the encoder in"),
         ("--data.clip.mean", "[0.1,0.1,0.1]", "data.clip.mean: is (0.1, 0.1, 0.1), but the encoder in"),
-        ("--data.micro_batch", "1", "data.micro_batch: mixup pairs a micro-batch's clips, and 1 is odd"),
+        ("--data.micro_batch", "1", "data.micro_batch: mixup pairs a micro-batch's samples, and 1 is odd"),
+        ("--architecture.drop_path", "0.1", "architecture.drop_path: is not read in finetuning; give drop_path"),
         ("--drop_path", "1.5", "drop_path: 1.5 must be at least 0"),
         ("--encoder", "/nowhere", "/nowhere: holds no encoder"),
         ("--head.dropout", "1", "head.dropout: 1.0 must be"),
@@ -97,6 +115,16 @@ def test_what_does_not_fit_is_refused_in_one_line(finetuning, tmp_path, capsys, 
     said = refusal(capsys, [*finetuning, "--out", str(tmp_path / "run"), option, value])
     assert message in said
     assert not (tmp_path / "run").exists()
+
+
+def test_repeats_do_not_make_up_for_an_odd_micro_batch_whose_middle_sample_would_be_mixed_with_itself(
+    finetuning, pretrained, tmp_path, capsys
+):
+    odd = ["--data.micro_batch", "1", "--data.repeats", "2"]
+    said = refusal(capsys, [*finetuning, "--out", str(tmp_path / "run"), *odd])
+    assert "data.micro_batch: mixup pairs a micro-batch's samples, and 1 is odd" in said
+    assert main([*finetuning, "--out", str(tmp_path / "run"), *odd, "--mixing.mixup=0", "--mixing.cutmix=0"]) == 0
+    assert f"starting from {pretrained / 'encoder'}\n" in capsys.readouterr().err
 
 
 def test_weights_of_another_shape_than_their_description_are_refused(finetuning, pretrained, tmp_path, capsys):
@@ -121,7 +149,7 @@ def test_shards_without_labels_or_with_other_classes_are_refused(finetuning, pac
     assert "its classes jump, sing ... are not the model's jump, run" in said
     (other / "index.json").write_text(json.dumps(content | {"classes": ["jump"]}))
     said = refusal(capsys, [*finetuning, "--out", str(tmp_path / "run"), "--data.shards", str(other)])
-    assert "has label 1, but the model knows the classes 0 to 0" in said
+    assert f"{other}: has label 1, but its index.json names the classes 0 to 0; pack the videos again" in said
 
 
 def test_training_from_scratch_needs_an_architecture(finetuning, tmp_path, capsys):
@@ -130,6 +158,7 @@ def test_training_from_scratch_needs_an_architecture(finetuning, tmp_path, capsy
     architecture = ["--architecture", "{width: 32, depth: 1, heads: 2, tubelet: [2, 8, 8], name: factorised_encoder}"]
     layers = ["--optimizer.layer_decay", "0.75", "--head.hidden", "[16]", "--steps", "4"]
     assert main([*scratch, *architecture, *layers]) == 0
+    assert "training from scratch\n" in capsys.readouterr().err
     losses = [entry["loss"] for entry in read_metrics(tmp_path / "run" / "metrics.jsonl")]
     assert len(losses) == 4
     assert np.isfinite(losses).all()

@@ -5,6 +5,7 @@ import torch
 
 from finetune.probe import features, knn_accuracy
 from pretrain.data.shards import ShardSet
+from pretrain.errors import Refused, StoppedByRule
 from pretrain.weights import configs_from, encoder_from, load_encoder_weights, load_model_folder
 
 
@@ -33,8 +34,15 @@ def test_the_features_of_a_set_are_one_row_a_video_in_order(pretrained, packed_s
     encoder = encoder_from(architecture, clip)
     load_encoder_weights(encoder, weights, pretrained)
     shards = ShardSet.open(packed_shards)
-    found, labels = features(encoder, shards, clip, batch=4)
+    found, labels = features(encoder, shards, clip, micro_batch=4)
     assert found.shape == (11, 32)
     assert labels.tolist() == shards.labels()
-    assert torch.allclose(features(encoder, shards, clip, batch=3)[0], found, atol=1e-6)
+    assert torch.allclose(features(encoder, shards, clip, micro_batch=3)[0], found, atol=1e-6)
     assert knn_accuracy(found, labels, found, labels, neighbours=1) == 1.0
+    shards.resampled = True
+    with pytest.raises(Refused, match=r"^data\.clip\.stride: shards .* was packed with --fps"):
+        features(encoder, shards, clip)
+    shards.resampled = False
+    encoder.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(StoppedByRule, match="features are not finite"):
+        features(encoder, shards, clip)
