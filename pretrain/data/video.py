@@ -14,6 +14,9 @@ from pretrain.errors import BadSample
 
 DecoderName = Literal["decord"]
 
+PADDED = "from_size == to_size"
+"""What decord says when it cannot put frames into a batch since it counts the padding of their rows as pixels."""
+
 
 class VideoReader(Protocol):
     """An open video."""
@@ -46,14 +49,18 @@ class DecordReader:
         """Returns `(len(indices), H, W, 3)` uint8 frames; raises `BadSample` if one cannot be decoded."""
         unique, inverse = np.unique(indices, return_inverse=True)
         try:
-            first = self._reader[int(unique[0])].asnumpy()
-            if first.shape[2] == 3:
-                frames = self._reader.get_batch(unique.tolist()).asnumpy()
-            else:
-                frames = np.stack([_without_padding(self._reader[int(index)].asnumpy()) for index in unique])
-        except (self._decord.DECORDError, RuntimeError, IndexError) as error:
+            frames = self._decode(unique.tolist())
+        except (self._decord.DECORDError, RuntimeError, IndexError, ValueError) as error:
             raise BadSample(f"decord cannot decode frames {unique[0]} to {unique[-1]}: {_first_line(error)}") from None
         return frames if len(unique) == len(indices) else frames[inverse]
+
+    def _decode(self, numbers: list[int]) -> np.ndarray:
+        try:
+            return self._reader.get_batch(numbers).asnumpy()
+        except self._decord.DECORDError as error:
+            if PADDED not in str(error):
+                raise
+        return np.stack([_without_padding(self._reader[number].asnumpy()) for number in numbers])
 
 
 def open_video(video: bytes, decoder: DecoderName = "decord") -> VideoReader:
@@ -76,6 +83,6 @@ def _without_padding(frame: np.ndarray) -> np.ndarray:
 
 
 def _first_line(error: Exception) -> str:
-    """The first line of what decord says, without the time and the places in decord's own source."""
+    """The first line of what decord says, without the time and the lines of decord's own source."""
     lines = [line for line in re.sub(r"\[[\d:]+\] \S+:\d+: ", "", str(error)).splitlines() if line.strip()]
     return lines[0].strip()[:200] if lines else type(error).__name__

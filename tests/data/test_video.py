@@ -1,9 +1,10 @@
-"""Decoding real videos from bytes: the very frames that PyAV decodes, in any place, or a `BadSample`."""
+"""Decoding real videos from bytes: the very frames that PyAV decodes, whichever are asked for, or a `BadSample`."""
 
 import io
 from pathlib import Path
 
 import av
+import decord
 import numpy as np
 import pytest
 
@@ -51,6 +52,12 @@ def test_a_frame_asked_for_twice_comes_twice(tmp_path, width):
     assert not np.array_equal(frames[1], frames[2])
 
 
+def test_frames_are_asked_for_at_once_so_that_none_is_decoded_twice(packed, monkeypatch):
+    reader = open_video(packed)
+    monkeypatch.setattr(decord.VideoReader, "__getitem__", None)
+    assert reader.read(np.array([14, 17, 20])).shape == (3, 96, 128, 3)
+
+
 def test_what_packing_writes_is_read_frame_by_frame(packed):
     with av.open(io.BytesIO(packed)) as container:
         expected = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
@@ -64,7 +71,7 @@ def test_a_truncated_video_is_a_bad_sample(packed, share):
     with pytest.raises(BadSample, match="decord cannot") as caught:
         all_frames(packed[: int(len(packed) * share)])
     assert "\n" not in str(caught.value)
-    assert "/project/" not in str(caught.value), "places in decord's source say nothing to the reader"
+    assert "/project/" not in str(caught.value), "lines of decord's source say nothing to the reader"
 
 
 @pytest.mark.parametrize("damage", ["zeros in the middle", "zeros all over", "noise all over"])
