@@ -1,14 +1,13 @@
 """`tubelet pack`: from a folder of videos to a shard set, in many processes, and on from where it was cut off.
 
 Everything that decides the bytes of a shard is decided before the first video is opened: which videos (`sources.py`),
-in which order (`plan`), and which of them each shard may take. So neither the number of processes nor an interruption
-changes a shard, and a shard that is finished is never touched again. What a folder holds while it is being packed is
-in README.md.
+in which order (`pack_plan.py`), and which of them each shard may take. So neither the number of processes nor an
+interruption changes a shard, and a shard that is finished is never touched again. What a folder holds while it is being
+packed is in README.md.
 """
 
 import contextlib
 import dataclasses
-import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,14 +15,15 @@ from pathlib import Path
 from pretrain.data.pack_folder import PackFolder, Rejection, ShardRecord
 from pretrain.data.pack_plan import PackPlan, PlannedShard, make_plan
 from pretrain.data.pack_report import PackProgress, PackSummary, show_summary
-from pretrain.data.pack_worker import STALL_S, VideoTask, transcode_task
+from pretrain.data.pack_worker import VideoTask, transcode_task
 from pretrain.data.pool import Died, WorkerPool
 from pretrain.data.shard_writer import PackedSample, write_shard
 from pretrain.data.sources import find_sources, key_of
 from pretrain.data.transcode import RATE_RANGE, Transcoded
-from pretrain.errors import Refused, TubeletError
+from pretrain.errors import EXIT_INTERRUPTED, DiskFull, Refused, TubeletError
+from pretrain.files import is_out_of_space
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LONGEST_STALL_S = 86400
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,8 @@ class PackConfig:
     """Chooses the order of the videos, which mixes classes within shards."""
     jobs: int = 0
     """Processes that transcode; 0 is one per core."""
+    stall_s: float = 60
+    """Seconds without progress after which a video is given up."""
 
     def validate(self) -> None:
         """Checks each field by itself, before anything is read or written.
@@ -64,11 +66,19 @@ class PackConfig:
         low, high = RATE_RANGE
         if self.fps is not None and not low <= self.fps <= high:
             raise Refused(f"fps: {self.fps} does not do; use {float(low):g} to {float(high):g} frames per second")
+        if not 0 < self.stall_s <= LONGEST_STALL_S:
+            raise Refused(f"stall_s: {self.stall_s} does not do; use more than 0 and at most {LONGEST_STALL_S} seconds")
         for name, least in (("gop", 1), ("samples_per_shard", 1), ("jobs", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise Refused(f"{name}: {getattr(self, name)} does not do; use {least} or more")
         if self.source is not None and Path(self.source).resolve() == Path(self.out).resolve():
             raise Refused(f"out: {self.out} is the folder of the videos; name another folder for the shards")
+
+
+class PackInterrupted(TubeletError):
+    """Ctrl-C ended a pack; the shards that were finished stay, and the same call goes on after them."""
+
+    exit_code = EXIT_INTERRUPTED
 
 
 def pack(config: PackConfig) -> PackSummary:
@@ -77,8 +87,11 @@ def pack(config: PackConfig) -> PackSummary:
     Shows progress and a closing table on standard error.
 
     Raises:
-        Refused: Bad options or input; a folder that holds something else; no video that can be decoded.
-        TubeletError: The disk is full, or Ctrl-C: finished shards remain, and the same call goes on after them.
+        Refused: Bad options or input; a folder that holds something else or cannot be written; no video that can be
+            decoded.
+        DiskFull: There is no space left. Here and below, finished shards remain and the same call goes on after them.
+        PackInterrupted: Ctrl-C was pressed.
+        TubeletError: The disk failed.
     """
     config.validate()
     sources = find_sources(config.source, config.list, config.classes, config.unlabelled)
@@ -94,7 +107,7 @@ def pack(config: PackConfig) -> PackSummary:
     finished_before = folder.check(plan)
     if not finished_before:
         with _telling_how_to_go_on(folder, plan), folder.locked(plan):
-            _pack_shards(folder, plan, config.jobs or len(os.sched_getaffinity(0)))
+            _pack_shards(folder, plan, config.jobs or len(os.sched_getaffinity(0)), config.stall_s)
             folder.finish(plan)
     shards, rejected = folder.result()
     summary = PackSummary(
@@ -111,7 +124,7 @@ def pack(config: PackConfig) -> PackSummary:
     return summary
 
 
-def _pack_shards(folder: PackFolder, plan: PackPlan, jobs: int) -> None:
+def _pack_shards(folder: PackFolder, plan: PackPlan, jobs: int, stall_s: float) -> None:
     """Writes the shards of the plan that are not finished, each from its own stretch of the stream of results."""
     todo, done = [], []
     for planned in plan.shards:
@@ -120,7 +133,7 @@ def _pack_shards(folder: PackFolder, plan: PackPlan, jobs: int) -> None:
         done += [record] if record is not None else []
     settings = plan.settings
     tasks = (
-        VideoTask(plan.sources.root / video.path, settings["short_side"], settings["gop"], settings["fps"])
+        VideoTask(plan.sources.root / video.path, settings["short_side"], settings["gop"], settings["fps"], stall_s)
         for planned in todo
         for video in planned.videos
     )
@@ -129,7 +142,8 @@ def _pack_shards(folder: PackFolder, plan: PackPlan, jobs: int) -> None:
         if done:
             left = sum(len(planned.videos) for planned in todo)
             progress.resume(videos - left, sum(len(record.rejected) for record in done))
-        results = pool.map(tasks)
+        died = f"crashes its decoder, or makes no progress for {stall_s:g} s"
+        results = (died if isinstance(result, Died) else result for result in pool.map(tasks))
         for planned in todo:
             rejected: list[Rejection] = []
             entry = write_shard(folder.path / planned.name, _accepted(planned, results, rejected, progress))
@@ -138,14 +152,12 @@ def _pack_shards(folder: PackFolder, plan: PackPlan, jobs: int) -> None:
 
 def _accepted(
     planned: PlannedShard,
-    results: Iterator[Transcoded | str | Died],
+    results: Iterator[Transcoded | str],
     rejected: list[Rejection],
     progress: PackProgress,
 ) -> Iterator[PackedSample]:
     """Takes one result for each video of a shard; yields those that can go in, and puts the others on the list."""
     for video, result in zip(planned.videos, results, strict=False):
-        if isinstance(result, Died):
-            result = f"crashes its decoder, or makes no progress for {STALL_S} s"
         if isinstance(result, Transcoded):
             yield PackedSample(key_of(video.path), video.path, video.label, result)
         else:
@@ -157,12 +169,15 @@ def _accepted(
 def _telling_how_to_go_on(folder: PackFolder, plan: PackPlan) -> Iterator[None]:
     try:
         yield
-    except (KeyboardInterrupt, OSError) as error:
-        if isinstance(error, KeyboardInterrupt):
-            cause = "interrupted"
-        elif error.errno in DISK_FULL:
-            cause = f"no room left on the disk ({error.strerror}); make room"
-        else:
-            raise
-        kept = f"{folder.finished_shards()} of {len(plan.shards)} shards are finished and stay"
-        raise TubeletError(f"{folder.path}: {cause}; {kept}; run the same command again to go on") from error
+    except KeyboardInterrupt as error:
+        raise PackInterrupted(f"{folder.path}: interrupted; {_how_to_go_on(folder, plan)}") from error
+    except OSError as error:
+        if is_out_of_space(error):
+            cause = f"no space left on the disk ({error.strerror}); free some"
+            raise DiskFull(f"{folder.path}: {cause}; {_how_to_go_on(folder, plan)}") from error
+        raise TubeletError(f"{folder.path}: {error.strerror or error}; {_how_to_go_on(folder, plan)}") from error
+
+
+def _how_to_go_on(folder: PackFolder, plan: PackPlan) -> str:
+    kept = f"{folder.finished_shards()} of {len(plan.shards)} shards are finished and stay"
+    return f"{kept}; run the same command again to go on"

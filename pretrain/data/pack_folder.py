@@ -12,16 +12,18 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pretrain.data.pack_plan import PackPlan, PlannedShard
 from pretrain.data.shards import FORMAT_VERSION, INDEX_NAME, ShardEntry, ShardSet
 from pretrain.errors import Refused
-from pretrain.files import write_json, write_text
+from pretrain.files import is_out_of_space, write_json, write_text
 
 PLAN_NAME = "pack.json"
 REJECTED_NAME = "rejected.jsonl"
 WORK_NAME = ".packing"
+DAMAGED = (ValueError, KeyError, TypeError)
+"""What reading a damaged file of JSON raises."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,17 +54,20 @@ class PackFolder:
         """Returns whether the folder holds the finished shards of this plan.
 
         Raises:
-            Refused: It holds something else, or shards of another plan.
+            Refused: It holds something else, or shards of another plan, or cannot be read.
         """
-        if not self.path.exists():
+        try:
+            names = sorted(entry.name for entry in self.path.iterdir())
+        except FileNotFoundError:
             return False
-        if not self.path.is_dir():
-            raise Refused(f"{self.path}: not a folder; name another one for the shards")
-        if (self.path / PLAN_NAME).exists():
+        except NotADirectoryError as error:
+            raise Refused(f"{self.path}: not a folder; name another one for the shards") from error
+        except OSError as error:
+            raise Refused(f"{self.path}: cannot be read ({error.strerror}); name another folder") from error
+        if PLAN_NAME in names:
             self._compare(plan)
-            return (self.path / INDEX_NAME).exists()
-        strangers = sorted(entry.name for entry in self.path.iterdir() if not entry.name.startswith(WORK_NAME))
-        strangers = [name for name in strangers if not name.startswith(f"{PLAN_NAME}.tmp-")]
+            return INDEX_NAME in names
+        strangers = [name for name in names if not name.startswith((WORK_NAME, f"{PLAN_NAME}.tmp-"))]
         if strangers:
             raise Refused(f"{self.path}: holds {strangers[0]}, which no pack put there; name a new or empty folder")
         return False
@@ -73,19 +78,17 @@ class PackFolder:
 
         Raises:
             Refused: Another process packs into it, or it cannot be written.
+            OSError: The disk is full.
         """
         try:
-            self.work.mkdir(parents=True, exist_ok=True)
-            lock = open(self.work / "lock", "w")  # noqa: SIM115 (closed below; holding it open is the lock)
-        except PermissionError as error:
+            lock = self._lock()
+        except BlockingIOError as error:
+            raise Refused(f"{self.path}: another `tubelet pack` is writing there; wait for it or stop it") from error
+        except OSError as error:
+            if is_out_of_space(error):
+                raise
             raise Refused(f"{self.path}: cannot be written ({error.strerror}); name another folder") from error
         with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise Refused(
-                    f"{self.path}: another `tubelet pack` is writing there; wait for it or stop it"
-                ) from error
             for leftover in (*self.path.glob("*.tmp-*"), *self.work.glob("*.tmp-*")):
                 leftover.unlink()
             if not (self.path / PLAN_NAME).exists():
@@ -93,15 +96,24 @@ class PackFolder:
             yield
 
     def record(self, planned: PlannedShard) -> ShardRecord | None:
-        """Returns what came of a planned shard; None if it is not finished."""
+        """Returns what came of a planned shard; None if it is not finished.
+
+        Raises:
+            Refused: Its record is damaged.
+        """
+        path = self._record_path(planned)
         try:
-            content = json.loads(self._record_path(planned).read_text())
+            content = json.loads(path.read_text())
+            shard = ShardEntry(**content["shard"]) if content["shard"] is not None else None
+            record = ShardRecord(shard, tuple(Rejection(**entry) for entry in content["rejected"]))
         except FileNotFoundError:
             return None
-        shard = ShardEntry(**content["shard"]) if content["shard"] is not None else None
-        if shard is not None and not self._is_whole(shard):
-            return None
-        return ShardRecord(shard, tuple(Rejection(**entry) for entry in content["rejected"]))
+        except DAMAGED as error:
+            raise Refused(
+                f"{path}: not the record of a shard ({error!r}); remove it, and the same command packs {planned.name} "
+                "again"
+            ) from error
+        return record if shard is None or self._is_whole(shard) else None
 
     def commit(self, planned: PlannedShard, record: ShardRecord) -> None:
         """Records that a planned shard is finished."""
@@ -129,14 +141,35 @@ class PackFolder:
         shutil.rmtree(self.work)
 
     def result(self) -> tuple[ShardSet, tuple[Rejection, ...]]:
-        """Returns the finished shard set and the videos that are not in it."""
+        """Returns the finished shard set and the videos that are not in it.
+
+        Raises:
+            Refused: The set does not match its index, or the list of rejected videos is damaged.
+        """
         path = self.path / REJECTED_NAME
-        lines = path.read_text().splitlines() if path.exists() else []
-        return ShardSet.open(self.path), tuple(Rejection(**json.loads(line)) for line in lines)
+        try:
+            lines = path.read_text().splitlines() if path.exists() else []
+            rejected = tuple(Rejection(**json.loads(line)) for line in lines)
+        except DAMAGED as error:
+            raise Refused(
+                f"{path}: not a list of rejected videos ({error!r}); remove it, the shards do not need it"
+            ) from error
+        return ShardSet.open(self.path), rejected
 
     def finished_shards(self) -> int:
         """Returns how many planned shards have a record."""
         return len(list(self.work.glob("*.json")))
+
+    def _lock(self) -> TextIO:
+        """Opens and locks the file whose being open keeps other packs out."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        lock = open(self.work / "lock", "w")  # noqa: SIM115 (the caller closes it)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            raise
+        return lock
 
     def _record_path(self, planned: PlannedShard) -> Path:
         return self.work / f"{planned.name}.json"
@@ -147,11 +180,11 @@ class PackFolder:
 
     def _compare(self, plan: PackPlan) -> None:
         path = self.path / PLAN_NAME
-        try:
-            before = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise Refused(f"{path}: cannot be read ({error}); name a new folder for the shards") from error
         remedy = f"name another folder, or remove {self.path} and pack again"
+        try:
+            before = {**json.loads(path.read_text())}
+        except (OSError, *DAMAGED) as error:
+            raise Refused(f"{path}: cannot be read ({error}); {remedy}") from error
         for name, now in plan.settings.items():
             if before.get(name) == now:
                 continue

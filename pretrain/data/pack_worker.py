@@ -9,18 +9,19 @@ import av
 from pretrain.data.transcode import Transcoded, transcode
 from pretrain.errors import BadSample
 
-STALL_S = 60
-"""Seconds without progress after which the kernel ends the process, and with it the video's chances."""
-
 
 @dataclasses.dataclass(frozen=True)
 class VideoTask:
-    """A video to transcode, with the arguments of `transcode`."""
+    """A video to transcode, with the arguments of `transcode`.
+
+    After `stall_s` seconds without progress the kernel ends the process, and with it the video's chances.
+    """
 
     path: Path
     short_side: int
     gop: int
     frame_rate: float | None
+    stall_s: float
 
 
 def transcode_task(task: VideoTask) -> Transcoded | str:
@@ -30,10 +31,14 @@ def transcode_task(task: VideoTask) -> Transcoded | str:
     """
     av.logging.set_level(av.logging.PANIC)  # silent, but errors carry the last line of FFmpeg's log
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    _watch()
+
+    def watch() -> None:
+        signal.setitimer(signal.ITIMER_REAL, task.stall_s)
+
+    watch()
     try:
         return transcode(
-            task.path, short_side=task.short_side, gop=task.gop, frame_rate=task.frame_rate, on_progress=_watch
+            task.path, short_side=task.short_side, gop=task.gop, frame_rate=task.frame_rate, on_progress=watch
         )
     except BadSample as error:
         return str(error)
@@ -42,8 +47,4 @@ def transcode_task(task: VideoTask) -> Transcoded | str:
     except Exception as error:
         return f"unexpected {type(error).__name__}: {' '.join(str(error).split())}"
     finally:
-        signal.alarm(0)
-
-
-def _watch() -> None:
-    signal.alarm(STALL_S)
+        signal.setitimer(signal.ITIMER_REAL, 0)

@@ -1,14 +1,19 @@
 """Packing real videos: byte-identical shards, what webdataset reads back, labels, rejected files, and refusals."""
 
+import errno
 import json
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import webdataset
 
 from pretrain.data.pack import PackConfig, pack
+from pretrain.data.pack_folder import PackFolder
 from pretrain.data.shards import ShardSet
-from pretrain.errors import Refused, TubeletError
+from pretrain.errors import DiskFull, Refused, TubeletError
 from tests.videos import make_video, truncate
 
 
@@ -34,7 +39,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_two_runs_with_other_jobs_and_another_place_give_the_same_bytes(videos, packed, tmp_path):
+def test_two_runs_with_other_jobs_and_another_folder_give_the_same_bytes(videos, packed, tmp_path):
     (tmp_path / "elsewhere").symlink_to(videos)
     pack(PackConfig(source=str(tmp_path / "elsewhere"), out=str(tmp_path / "out"), samples_per_shard=4, jobs=2))
     assert content(tmp_path / "out") == content(packed)
@@ -122,7 +127,10 @@ def test_a_folder_of_other_things_is_refused_and_untouched(videos, tmp_path):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("short_side", 15), ("short_side", 99), ("fps", 0), ("gop", 0), ("samples_per_shard", 0), ("jobs", -1)],
+    [
+        *(("short_side", 15), ("short_side", 99), ("fps", 0), ("gop", 0), ("samples_per_shard", 0), ("jobs", -1)),
+        *(("stall_s", 0), ("stall_s", float("nan")), ("stall_s", float("inf"))),
+    ],
 )
 def test_options_out_of_range_are_refused_by_name(videos, tmp_path, field, value):
     with pytest.raises(Refused, match=f"^{field}: "):
@@ -133,3 +141,99 @@ def test_options_out_of_range_are_refused_by_name(videos, tmp_path, field, value
 def test_packing_onto_the_videos_is_refused(videos):
     with pytest.raises(TubeletError, match="is the folder of the videos"):
         pack(PackConfig(source=str(videos), out=str(videos)))
+
+
+def test_a_video_that_hangs_is_given_up_and_costs_itself_alone(tmp_path):
+    """Reading a pipe that nobody writes to never returns, as a file on a dead network mount does not."""
+    make_video(tmp_path / "videos/good.mp4", frames=10, frame_rate=8)
+    os.mkfifo(tmp_path / "videos/hangs.mp4")
+    summary = pack(PackConfig(source=str(tmp_path / "videos"), out=str(tmp_path / "out"), jobs=1, stall_s=0.3))
+    assert summary.accepted == 1
+    (rejected,) = summary.rejected
+    assert (rejected.source, rejected.reason) == (
+        "hangs.mp4",
+        "crashes its decoder, or makes no progress for 0.3 s",
+    )
+
+
+@pytest.mark.parametrize("out", ["file", "file/out", "/proc/out", "/proc/version/out"])
+def test_a_folder_that_cannot_be_made_is_refused_in_one_line(videos, tmp_path, out):
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(Refused, match=r"(not a folder|cannot be written \(.*\)); name another") as caught:
+        pack(PackConfig(source=str(videos), out=str(tmp_path / out)))
+    assert str(caught.value).startswith(f"{tmp_path / out}: ")
+    assert "\n" not in str(caught.value)
+
+
+def stop_before_the_end(monkeypatch, videos: Path, out: Path, error: Exception, shards: int = 1) -> TubeletError:
+    """Packs until the given error keeps a shard from being recorded, and returns what the pack made of it."""
+    commit = PackFolder.commit
+
+    def fail(folder: PackFolder, *arguments) -> None:
+        if folder.finished_shards() == shards:
+            raise error
+        commit(folder, *arguments)
+
+    config = PackConfig(source=str(videos), out=str(out), samples_per_shard=4, jobs=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(PackFolder, "commit", fail)
+        with pytest.raises(TubeletError) as caught:
+            pack(config)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "words"),
+    [
+        (errno.ENOSPC, DiskFull, "no space left on the disk (No space left on device); free some"),
+        (errno.EDQUOT, DiskFull, "no space left on the disk (Disk quota exceeded); free some"),
+        (errno.EIO, TubeletError, "Input/output error"),
+    ],
+)
+def test_a_disk_that_fails_is_told_in_one_line_and_the_same_command_goes_on(
+    videos, packed, tmp_path, monkeypatch, number, kind, words
+):
+    error = stop_before_the_end(monkeypatch, videos, tmp_path / "out", OSError(number, os.strerror(number)))
+    assert type(error) is kind
+    kept = "1 of 3 shards are finished and stay; run the same command again to go on"
+    assert str(error) == f"{tmp_path / 'out'}: {words}; {kept}"
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+@pytest.mark.parametrize("damage", [cut, lambda path: path.write_text("[]"), lambda path: path.write_bytes(b"\xff")])
+def test_a_damaged_record_is_refused_by_name_and_packed_again_without_it(
+    videos, packed, tmp_path, monkeypatch, damage: Callable[[Path], object]
+):
+    out = tmp_path / "out"
+    stop_before_the_end(monkeypatch, videos, out, OSError(errno.EIO, "words"))
+    record = out / ".packing" / "shard-000000.tar.json"
+    damage(record)
+    config = PackConfig(source=str(videos), out=str(out), samples_per_shard=4, jobs=1)
+    with pytest.raises(Refused, match="remove it, and the same command packs shard-000000") as caught:
+        pack(config)
+    assert str(caught.value).startswith(f"{record}: not the record of a shard")
+    record.unlink()
+    pack(config)
+    assert content(out) == content(packed)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "3"])
+def test_a_damaged_plan_is_refused_by_name(videos, tmp_path, content):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/pack.json").write_text(content)
+    with pytest.raises(Refused, match=r"pack\.json: cannot be read \(.*\); name another folder, or remove"):
+        pack(PackConfig(source=str(videos), out=str(tmp_path / "out")))
+    assert (tmp_path / "out/pack.json").read_text() == content
+
+
+def test_a_damaged_list_of_rejected_videos_is_refused_by_name(videos, packed, tmp_path):
+    out = Path(shutil.copytree(packed, tmp_path / "out"))
+    cut(out / "rejected.jsonl")
+    config = PackConfig(source=str(videos), out=str(out), samples_per_shard=4)
+    with pytest.raises(Refused, match=r"rejected\.jsonl: not a list of rejected videos"):
+        pack(config)
+    (out / "rejected.jsonl").unlink()
+    assert pack(config).finished_before

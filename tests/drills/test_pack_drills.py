@@ -127,7 +127,7 @@ def test_a_second_pack_is_refused_and_an_interrupted_one_goes_on(videos, command
     process.send_signal(signal.SIGCONT)
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: to every process at the terminal
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1
+    assert process.returncode == 130
     (line,) = [line for line in errors.splitlines() if "interrupted" in line]
     assert "run the same command again to go on" in line
     assert "Traceback" not in errors
@@ -155,8 +155,9 @@ def test_a_full_disk_gives_one_line_and_keeps_the_finished_shards(videos, comman
     with small_disk(out.parent, total_bytes * 2 // 3) as mounted:
         # Without root no disk can be filled: then the kernel refuses to let a file grow past a limit instead.
         result = run(command, videos, out, limit_bytes=0 if mounted else largest_bytes - 1000)
-        assert result.returncode == 1, result.stderr
-        assert "no room left on the disk" in result.stderr
+        assert result.returncode == 2, result.stderr
+        assert "DiskFull: " in result.stderr
+        assert "no space left on the disk" in result.stderr
         assert "run the same command again to go on" in result.stderr
         assert "Traceback" not in result.stderr
         assert "Exception ignored" not in result.stderr
