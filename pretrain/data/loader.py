@@ -121,6 +121,8 @@ class NoSubstitute(StoppedByRule):
         skipped: Reports like those of a `Batch`, of these samples and of others passed over in the same micro-batch.
     """
 
+    told = False  # the rank that reads the sample meets it alone
+
     def __init__(self, message: str, skipped: list[dict]) -> None:
         """Takes the sentence for the user and the reports."""
         super().__init__(message)
