@@ -1,4 +1,4 @@
-# Every target makes .venv and installs what it needs, and does nothing again when nothing changed.
+# Every target that needs .venv makes it and installs Tubelet there, once for each change of pyproject.toml.
 
 PYTHON ?= python3
 BIN := .venv/bin
