@@ -1,7 +1,9 @@
-"""Videos for the demo: handwritten digits that drift over textured backgrounds, made without any download.
+"""Videos for the demo: handwritten digits that drift over a textured background, made without any download.
 
 The label is the direction of the drift. Digits leave on one side and come back on the other, starting anywhere, so a
-single frame tells nothing about the label: only motion does. The digits are scikit-learn's copy of the UCI set.
+single frame tells nothing about the label: only motion does. The light flickers and the film is grainy: nothing of that
+can be predicted, so a masked autoencoder learns to look past it, while a classifier that starts from scratch has few
+labels to learn the same from. The digits are scikit-learn's copy of the UCI set.
 """
 
 import dataclasses
@@ -13,6 +15,7 @@ from pathlib import Path
 import av
 import numpy as np
 from PIL import Image
+from scipy.special import ndtri
 from sklearn.datasets import load_digits
 
 from pretrain.data.randomness import key_for, permutation, raw_words, uniform
@@ -20,21 +23,24 @@ from pretrain.data.randomness import key_for, permutation, raw_words, uniform
 SIZE = 32  # pixels
 FRAMES = 20
 FRAME_RATE = 10
-DIGIT_SIZE = 16  # pixels
-BACKGROUNDS = 4
-SPEED = (1.0, 2.0)  # pixels a frame, down and across
-TEST_SHARE = 0.2  # of the handwritten digits, drawn by other people's hands than those of the training clips
+DIGITS = 2
+DIGIT_SIZE = 18  # pixels
+SPEED = 4  # pixels a frame, down or across or both: a tubelet's side in a tubelet's time
+TEXTURES = 2
+FLICKER = 0.5  # from the darkest to the brightest light, where 1 is from black to white
+GRAIN = 0.12  # standard deviation
+TEST_SHARE = 0.2  # of the handwritten digits; the other splits never show these
 
 # Names of the eight directions, with their (down, right) parts.
 MOTIONS = {
-    "down": (1.0, 0.0),
-    "down-left": (1.0, -1.0),
-    "down-right": (1.0, 1.0),
-    "left": (0.0, -1.0),
-    "right": (0.0, 1.0),
-    "up": (-1.0, 0.0),
-    "up-left": (-1.0, -1.0),
-    "up-right": (-1.0, 1.0),
+    "down": (1, 0),
+    "down-left": (1, -1),
+    "down-right": (1, 1),
+    "left": (0, -1),
+    "right": (0, 1),
+    "up": (-1, 0),
+    "up-left": (-1, -1),
+    "up-right": (-1, 1),
 }
 
 
@@ -71,25 +77,32 @@ def write_videos(splits: list[Split], seed: int, jobs: int = 2) -> None:
 
 
 def draw_frames(motion: str, key: int, test: bool = False) -> np.ndarray:
-    """Returns `(FRAMES, SIZE, SIZE, 3)` uint8: one drifting digit; a pure function of its arguments."""
-    digits = _digit_images(test)
-    digit = digits[int(raw_words(key, 1)[0] % np.uint64(len(digits)))]
-    start_down, start_right, contrast, speed, *colours = uniform(key_for(key, "digit"), 7)
-    background = _texture(key_for("background", int(raw_words(key, 2)[1] % np.uint64(BACKGROUNDS))))
-    ink = np.array(colours) * 0.3 + 0.7
-    alpha = np.zeros((SIZE, SIZE, 1))
-    alpha[:DIGIT_SIZE, :DIGIT_SIZE, 0] = digit * (0.8 + 0.2 * contrast)
+    """Returns `(FRAMES, SIZE, SIZE, 3)` uint8: digits that drift together; a pure function of its arguments."""
+    words = raw_words(key, DIGITS + 1)
+    texture = _texture(key_for("texture", int(words[DIGITS] % np.uint64(TEXTURES))))
+    start_down, start_right, *ink = uniform(key_for(key, "drift"), 5)
+    ink = 0.7 + 0.3 * np.array(ink)
+    alpha = _digits(words[:DIGITS], uniform(key_for(key, "digits"), 2 * DIGITS).reshape(DIGITS, 2), test)
+    light = FLICKER * (uniform(key_for(key, "light"), FRAMES * 3).reshape(FRAMES, 1, 1, 3) - 0.5)
+    grain = GRAIN * ndtri(uniform(key_for(key, "grain"), FRAMES * SIZE * SIZE * 3)).reshape(FRAMES, SIZE, SIZE, 3)
     down, right = MOTIONS[motion]
-    pixels_per_frame = SPEED[0] + (SPEED[1] - SPEED[0]) * speed
     frames = []
     for time in range(FRAMES):
-        shift = (
-            round(start_down * SIZE + down * pixels_per_frame * time),
-            round(start_right * SIZE + right * pixels_per_frame * time),
-        )
+        shift = (round(start_down * SIZE) + down * SPEED * time, round(start_right * SIZE) + right * SPEED * time)
         moved = np.roll(alpha, shift, axis=(0, 1))
-        frames.append(background * (1 - moved) + ink * moved)
-    return (np.stack(frames) * 255).round().astype(np.uint8)
+        frames.append(texture * (1 - moved) + ink * moved)
+    return ((np.stack(frames) + light + grain).clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def _digits(words: np.ndarray, starts: np.ndarray, test: bool) -> np.ndarray:
+    """Returns how much ink `(SIZE, SIZE, 1)` there is of digits chosen by `words`, each at its start in [0, 1)."""
+    images = _digit_images(test)
+    ink = np.zeros((SIZE, SIZE, 1))
+    for word, start in zip(words, starts, strict=True):
+        one = np.zeros((SIZE, SIZE, 1))
+        one[:DIGIT_SIZE, :DIGIT_SIZE, 0] = images[int(word % np.uint64(len(images)))]
+        ink = np.maximum(ink, np.roll(one, tuple((start * SIZE).astype(int)), axis=(0, 1)))
+    return ink
 
 
 @functools.cache
@@ -111,7 +124,7 @@ def _texture(key: int) -> np.ndarray:
     for angle, length, phase in draws[:6].reshape(2, 3):
         along = rows * np.sin(angle * np.pi) + columns * np.cos(angle * np.pi)
         waves += np.sin(2 * np.pi * (along / (8 + 8 * length) + phase)) / 2
-    return 0.35 + 0.15 * waves[..., None] * (0.5 + 0.5 * draws[6:9])
+    return 0.4 + 0.1 * waves[..., None] * (0.5 + 0.5 * draws[6:9])
 
 
 def _write_video(task: tuple[Path, str, int, bool]) -> None:
