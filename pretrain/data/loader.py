@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from pretrain.data.clips import ClipConfig, cut, frame_indices, is_mirrored, training_box, view_box
 from pretrain.data.order import Order
 from pretrain.data.processes import become_worker, fork_server
-from pretrain.data.randomness import raw_words, sample_key, uniform
+from pretrain.data.randomness import Purpose, raw_words, sample_key, uniform
 from pretrain.data.shards import Sample, ShardSet
 from pretrain.data.video import open_video
 from pretrain.errors import BadSample, Refused, StoppedByRule, TubeletError
@@ -165,7 +165,7 @@ class TrainingClips(Dataset):
         yield from (raw_words(key, SUBSTITUTES) % np.uint64(self.shards.samples)).tolist()
 
     def _load(self, number: int, request: Request, skipped: list[dict]) -> _Loaded:
-        def key(repeat: int, purpose: str) -> int:
+        def key(repeat: int, purpose: Purpose) -> int:
             return sample_key(self.seed, 0, request.epoch, request.position, repeat, purpose)
 
         clip = self.config.clip
@@ -173,9 +173,10 @@ class TrainingClips(Dataset):
         reader = open_video(sample.video)
         indices, padded = frame_indices(clip, len(reader), sample.frame_rate, uniform(key(0, "time"))[0])
         frames = torch.from_numpy(reader.read(indices))
+        height, width = frames.shape[1:3]
         clips, visible, masked = [], [], []
         for repeat in range(self.config.repeats):
-            box = training_box(clip, *frames.shape[1:3], key(repeat, "crop"))
+            box = training_box(clip, height, width, key(repeat, "crop"))
             clips.append(cut(frames, box, clip.size, is_mirrored(clip, key(repeat, "flip"))))
             if self.draw_mask:
                 mask = self.draw_mask(key(repeat, "mask"), key(repeat, "decoder_mask"))

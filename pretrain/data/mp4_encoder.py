@@ -81,8 +81,8 @@ class Mp4Encoder:
         if look not in self.graphs:
             self.graphs[look] = self._graph(frame, rotation)
         graph = self.graphs[look]
-        graph.push(frame)
-        return graph.pull()
+        graph.vpush(frame)
+        return graph.vpull()
 
     def _graph(self, frame: VideoFrame, rotation: int) -> av.filter.Graph:
         turned = rotation in TRANSPOSE

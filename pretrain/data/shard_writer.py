@@ -94,8 +94,8 @@ def index_tar(path: Path) -> ShardIndex:
     with open(path, "rb") as file:
         rows = [_row(path, file, key, members) for key, members in samples.items()]
     columns = {name: [row[name] for row in rows] for name in rows[0]}
-    labelled = any(label is not None for label in columns["labels"])
-    return ShardIndex(**{**columns, "labels": columns["labels"] if labelled else None})
+    labels = columns.pop("labels")
+    return ShardIndex(labels=labels if any(label is not None for label in labels) else None, **columns)
 
 
 def _row(path: Path, file: Any, key: str, members: dict[str, tarfile.TarInfo]) -> dict[str, Any]:
