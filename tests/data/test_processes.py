@@ -44,7 +44,7 @@ if __name__ == "__main__":
         worker.start()
     sys.stdin.readline()
     own_end.close()
-    workers[0].join()
+    workers[0].join(20)
     print(workers[0].exitcode, workers[1].is_alive(), flush=True)
     time.sleep(1000)
 """
