@@ -255,11 +255,11 @@ def _collate_unless_lost(loaded: list[_Loaded | _Lost]) -> Batch | _Lost:
 
 
 def _no_substitute(shards: ShardSet, skipped: list[dict]) -> NoSubstitute:
-    for report in skipped:
-        logger.warning("%s: %s", report["key"], report["reason"])
-    keys = list(dict.fromkeys(report["key"] for report in skipped))
+    reasons = {report["key"]: report["reason"] for report in skipped}
+    for key, reason in reasons.items():
+        logger.warning("%s: %s", key, reason)
     return NoSubstitute(
-        f"{shards.folder}: a sample and its {SUBSTITUTES} substitutes cannot be decoded; bad are {' '.join(keys)} "
+        f"{shards.folder}: a sample and its {SUBSTITUTES} substitutes cannot be decoded; bad are {' '.join(reasons)} "
         f"({skipped[-1]['reason']}); pack the videos anew",
         skipped,
     )
