@@ -4,16 +4,22 @@ A second starter is refused by name. When the owner is gone, or SLURM requeued t
 over with a higher number; an owner that finds a higher number than its own has lost the run and must not write.
 """
 
+import contextlib
 import dataclasses
+import errno
+import fcntl
 import json
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
 from pretrain.errors import Refused
 from pretrain.files import write_json
+
+NO_FILE_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # some network file systems have none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +32,7 @@ class Owner:
         pid: Its process.
         started: When that process started, in seconds since 1970; tells it from a later one with the same number.
         job: SLURM job id, or empty.
+        restarts: How often SLURM had requeued that job.
         released: Whether the owner ended in order.
     """
 
@@ -34,16 +41,34 @@ class Owner:
     pid: int
     started: float
     job: str
+    restarts: int = 0
     released: bool = False
 
-    def is_alive(self) -> bool:
-        """Whether the owner may still be writing; an owner on another host counts as alive until it released."""
+    @classmethod
+    def here(cls, attempt: int) -> "Owner":
+        """Returns this process as an owner."""
+        return cls(
+            attempt=attempt,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            started=psutil.Process().create_time(),
+            job=os.environ.get("SLURM_JOB_ID", ""),
+            restarts=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+        )
+
+    def gives_way_to(self, other: "Owner") -> bool:
+        """Whether `other`, a process on this host, may take over; an owner on another host is believed to live."""
         if self.released:
-            return False
-        if self.host != socket.gethostname():
             return True
+        if self.host == other.host:
+            return not self._is_running()
+        return bool(self.job) and self.job == other.job and self.restarts < other.restarts
+
+    def _is_running(self) -> bool:
         try:
-            return abs(psutil.Process(self.pid).create_time() - self.started) < 1.0
+            process = psutil.Process(self.pid)
+            same = abs(process.create_time() - self.started) < 1.0
+            return same and process.status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return False
 
@@ -54,23 +79,16 @@ class RunLock:
     def __init__(self, out: Path) -> None:
         """Claims `out`; raises `Refused` if another process owns it."""
         self.path = out / "run.lock"
-        previous = _read(self.path)
-        job = os.environ.get("SLURM_JOB_ID", "")
-        requeued = previous is not None and job != "" and previous.job == job
-        if previous is not None and previous.is_alive() and not requeued:
-            raise Refused(
-                f"{self.path}: process {previous.pid} on {previous.host}"
-                f"{f' (job {previous.job})' if previous.job else ''} is writing to this run; wait for it, give another "
-                f"--out, or delete the file if that process is gone"
-            )
-        self.owner = Owner(
-            attempt=previous.attempt + 1 if previous else 1,
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            started=psutil.Process().create_time(),
-            job=job,
-        )
-        write_json(self.path, dataclasses.asdict(self.owner))
+        with self._alone():
+            previous = _read(self.path)
+            self.owner = Owner.here(attempt=previous.attempt + 1 if previous else 1)
+            if previous is not None and not previous.gives_way_to(self.owner):
+                raise Refused(
+                    f"{self.path}: process {previous.pid} on {previous.host}"
+                    f"{f' (job {previous.job})' if previous.job else ''} is writing to this run; wait for it, give "
+                    f"another --out, or delete the file if that process is gone"
+                )
+            write_json(self.path, dataclasses.asdict(self.owner))
 
     def is_held(self) -> bool:
         """Whether this process still owns the run."""
@@ -78,8 +96,20 @@ class RunLock:
 
     def release(self) -> None:
         """Marks the run as free; keeps the count of attempts."""
-        if self.is_held():
-            write_json(self.path, dataclasses.asdict(dataclasses.replace(self.owner, released=True)))
+        with self._alone():
+            if self.is_held():
+                write_json(self.path, dataclasses.asdict(dataclasses.replace(self.owner, released=True)))
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keeps other starters out between reading the lock and writing it, where the file system can."""
+        with open(self.path.with_name(".run.lock"), "w") as guard:
+            try:
+                fcntl.flock(guard, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in NO_FILE_LOCKS:
+                    raise
+            yield
 
 
 def _read(path: Path) -> Owner | None:

@@ -1,10 +1,13 @@
 """One job at a time owns a run folder."""
 
+import fcntl
 import json
 import os
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -16,7 +19,8 @@ from pretrain.errors import Refused
 
 @pytest.fixture(autouse=True)
 def no_job(monkeypatch):
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
 
 
 def write_lock(folder: Path, **changes: object) -> None:
@@ -66,14 +70,49 @@ def test_an_owner_on_another_host_counts_as_alive_until_it_releases(tmp_path):
     assert RunLock(tmp_path).owner.attempt == 4
 
 
-def test_a_requeued_job_takes_over_its_own_lock_and_another_job_does_not(tmp_path, monkeypatch):
-    write_lock(tmp_path, host="elsewhere", job="812")
+def test_a_requeued_job_takes_over_its_own_lock_and_another_job_or_the_same_start_does_not(tmp_path, monkeypatch):
+    write_lock(tmp_path, host="elsewhere", job="812", restarts=1)
     monkeypatch.setenv("SLURM_JOB_ID", "813")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     with pytest.raises(Refused, match=r"\(job 812\)"):
         RunLock(tmp_path)
     monkeypatch.setenv("SLURM_JOB_ID", "812")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with pytest.raises(Refused, match=r"\(job 812\)"):
+        RunLock(tmp_path)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     taken = RunLock(tmp_path)
-    assert (taken.owner.attempt, taken.owner.job) == (4, "812")
+    assert (taken.owner.attempt, taken.owner.job, taken.owner.restarts) == (4, "812", 2)
+
+
+def test_a_second_start_in_one_job_never_takes_the_run_from_a_live_process_of_this_host(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "812")
+    for restarts in ("", "0", "1"):
+        write_lock(tmp_path, job="812")
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+        with pytest.raises(Refused, match=rf"process {os.getppid()} on .* \(job 812\) is writing"):
+            RunLock(tmp_path)
+
+
+def test_an_owner_that_ended_but_whose_parent_has_not_noticed_is_dead(tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    process = psutil.Process(child.pid)
+    write_lock(tmp_path, pid=child.pid, started=process.create_time())
+    while process.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    assert RunLock(tmp_path).owner.attempt == 4
+    child.wait()
+
+
+def test_a_starter_waits_while_another_one_reads_and_writes_the_lock(tmp_path):
+    with open(tmp_path / ".run.lock", "w") as guard, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        starting = pool.submit(RunLock, tmp_path)
+        time.sleep(0.2)
+        write_lock(tmp_path)
+        guard.close()
+        with pytest.raises(Refused, match="is writing to this run"):
+            starting.result()
 
 
 def test_an_owner_that_was_taken_over_knows_it_and_does_not_free_the_new_owners_lock(tmp_path):
