@@ -4,24 +4,30 @@ jsonargparse reads dataclasses, YAML recipes and overrides of any field. Added h
 an unknown field is refused together with the name that comes nearest.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import logging
 import re
+import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
-from pretrain.engine.distributed import started_as_main
-from pretrain.errors import EXIT_DONE, EXIT_INTERRUPTED, Refused, StoppedByRule, TubeletError
+from pretrain.engine.distributed import launched_rank
+from pretrain.errors import EXIT_DONE, EXIT_INTERRUPTED, DiskFull, Refused, TubeletError
+from pretrain.files import is_out_of_space
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
-Config = TypeVar("Config")
+Config = TypeVar("Config", bound="DataclassInstance")
 
 
 class Parser(ArgumentParser):
@@ -82,10 +88,29 @@ def find_recipe(name: str, stage: str, suffix: str = ".yaml") -> Path:
 def parse(config_class: type[Config], stage: str, arguments: list[str]) -> Config:
     """Reads a configuration from a recipe and command-line overrides.
 
+    Args:
+        config_class: The configuration; its `EITHER_OR` names pairs of fields of which a recipe or a command line gives
+            one, and what the command line gives wins.
+        stage: `pretrain` or `finetune`.
+        arguments: The command line; the `--local_rank` that `deepspeed` adds is passed over.
+
     Raises:
         Refused: A field is unknown or ill-typed, or a recipe does not exist.
     """
-    return parse_plain(config_class, stage, _with_recipe_files(arguments, stage))
+    with met_by_every_rank():
+        arguments = [argument for argument in arguments if not re.fullmatch(r"--local[_-]rank=\d+", argument)]
+        cleared = _others_of_pairs(getattr(config_class, "EITHER_OR", ()), with_underscores(arguments))
+        return parse_plain(config_class, stage, _with_recipe_files(arguments, stage) + cleared)
+
+
+@contextlib.contextmanager
+def met_by_every_rank() -> Iterator[None]:
+    """Lets rank 0 alone tell an error that is raised inside: every rank meets it alike."""
+    try:
+        yield
+    except TubeletError as error:
+        error.told = True
+        raise
 
 
 def parse_plain(config_class: type[Config], command: str, arguments: list[str]) -> Config:
@@ -121,21 +146,31 @@ def to_yaml(config: Any) -> str:
 def run_command(command: Callable[[], Any]) -> int:
     """Runs a command and returns its exit code; an expected error becomes one line.
 
-    Rank 0 prints it. Another rank prints what rank 0 cannot know: neither bad input, nor a rule, nor what rank 0 told.
+    Rank 0 prints it. Another rank prints, with its number and host, what rank 0 does not tell.
     """
     try:
         command()
     except TubeletError as error:
-        logging.getLogger(__name__).debug("traceback", exc_info=error)
-        known = isinstance(error, Refused | StoppedByRule) or getattr(error, "told", False)
-        if started_as_main() or not known:
-            print(f"tubelet: {' '.join(str(error).split())}", file=sys.stderr)
-        return error.exit_code
+        return _tell(error)
+    except OSError as error:
+        if not is_out_of_space(error):
+            raise
+        return _tell(DiskFull(f"{error.filename}: no space left on the disk; free some and start again"))
     except KeyboardInterrupt:
-        if started_as_main():
+        if launched_rank() == 0:
             print("tubelet: interrupted; start the same command again to go on", file=sys.stderr)
         return EXIT_INTERRUPTED
     return EXIT_DONE
+
+
+def _tell(error: TubeletError) -> int:
+    """Prints an error unless rank 0 does; returns its exit code."""
+    logging.getLogger(__name__).debug("traceback", exc_info=error)
+    rank = launched_rank()
+    if rank == 0 or not error.told:
+        speaker = f"rank {rank} on {socket.gethostname()}: " if rank else ""
+        print(f"tubelet: {speaker}{' '.join(str(error).split())}", file=sys.stderr)
+    return error.exit_code
 
 
 def _refuse_values_of_groups(config_class: Any, parsed: Any, above: str = "") -> None:
@@ -149,12 +184,23 @@ def _refuse_values_of_groups(config_class: Any, parsed: Any, above: str = "") ->
 
 def _with_recipe_files(arguments: list[str], stage: str) -> list[str]:
     result = list(arguments)
-    for position, argument in enumerate(result):
-        if argument == "--config" and position + 1 < len(result):
-            result[position + 1] = str(find_recipe(result[position + 1], stage))
+    for number, argument in enumerate(result):
+        if argument == "--config" and number + 1 < len(result):
+            result[number + 1] = str(find_recipe(result[number + 1], stage))
         elif argument.startswith("--config="):
-            result[position] = f"--config={find_recipe(argument.removeprefix('--config='), stage)}"
+            result[number] = f"--config={find_recipe(argument.removeprefix('--config='), stage)}"
     return result
+
+
+def _others_of_pairs(pairs: tuple[tuple[str, str], ...], arguments: list[str]) -> list[str]:
+    """Returns options that clear, for each field of a pair that the command line sets, the other of the pair."""
+    given = set()
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, equals, value = argument.partition("=")
+        if name.startswith("--") and (value if equals else following) != "null":
+            given.add(name[2:])
+    exchanged = [pair for pair in pairs if len(given & set(pair)) == 1]
+    return [f"--{name}=null" for pair in exchanged for name in pair if name not in given]
 
 
 def _plain(text: str) -> str:

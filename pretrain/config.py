@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import numpy as np
 
@@ -43,6 +44,12 @@ class ValidationConfig:
 class RunConfig:
     """What pretraining and finetuning share."""
 
+    EITHER_OR: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("steps", "epochs"),
+        ("data.clip.frame_rate", "data.clip.stride"),
+        ("optimizer.warmup_epochs", "optimizer.warmup_steps"),
+    )
+
     out: str = "runs/pretrain"
     """Folder of the run."""
     seed: int = 0
@@ -68,13 +75,17 @@ class RunConfig:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     """Checkpoints."""
 
+    def validate(self) -> None:
+        """Raises `Refused` for whatever is wrong, before anything is allocated."""
+        self.validate_run()
+
     def validate_run(self) -> None:
         """Raises `Refused` for whatever is wrong with the shared fields."""
         if not self.data.shards:
             raise Refused("data.shards: is missing; give a folder that `tubelet pack` wrote")
         if (self.steps is None) == (self.epochs is None):
             raise Refused("steps, epochs: give exactly one of them")
-        if not 0 < (self.epochs if self.steps is None else self.steps) < math.inf:
+        if not all(length is None or 0 < length < math.inf for length in (self.steps, self.epochs)):
             raise Refused("steps, epochs: must be greater than 0")
         if not 0 <= self.seed < 1 << 63:
             raise Refused(f"seed: {self.seed} must be at least 0 and less than 2 ** 63")
@@ -102,7 +113,7 @@ class RunConfig:
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Returns the length of the run in steps; raises `Refused` if the warm-up does not fit in."""
-        total = self.steps if self.steps is not None else max(round(self.epochs * steps_per_epoch), 1)
+        total = self.steps or max(round((self.epochs or 0) * steps_per_epoch), 1)
         warmup = self.optimizer.warmup(steps_per_epoch)
         if warmup >= total:
             raise Refused(

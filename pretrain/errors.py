@@ -12,9 +12,15 @@ EXIT_INTERRUPTED = 130
 
 
 class TubeletError(Exception):
-    """Something failed in a way that Tubelet foresaw; the work done so far is safe."""
+    """Something failed in a way that Tubelet foresaw; the work done so far is safe.
+
+    Attributes:
+        exit_code: With which the command ends.
+        told: Whether rank 0 meets it too and tells it for all ranks.
+    """
 
     exit_code = EXIT_FAILED
+    told = False
 
 
 class Refused(TubeletError):
@@ -24,9 +30,10 @@ class Refused(TubeletError):
 
 
 class StoppedByRule(TubeletError):
-    """A rule stopped the run: a non-finite loss, or too many bad samples."""
+    """A rule stopped the run: a non-finite loss, or too many bad samples; all ranks find it together."""
 
     exit_code = EXIT_STOPPED
+    told = True
 
 
 class BadSample(TubeletError):

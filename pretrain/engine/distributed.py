@@ -1,12 +1,14 @@
 """Starting the processes of a run and letting them talk.
 
-accelerate and DeepSpeed each have a belief about how many processes there are, and on CPU they can disagree without
-any error: every rank then reads rank 0's data and writes rank 0's files. So what they believe is checked against
-`WORLD_SIZE` before anything else happens.
+torchrun, `accelerate launch` and `deepspeed` tell each process by the same variables who it is; what srun tells is
+translated into them. accelerate and DeepSpeed each have a belief about how many processes there are, and on CPU they
+can disagree without any error: every rank then reads rank 0's data and writes rank 0's files. So what they believe is
+checked against `WORLD_SIZE` before anything else happens.
 """
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -15,9 +17,13 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from pretrain.engine.failures import told_by_main
 from pretrain.errors import Refused, TubeletError
 
-LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_DEEPSPEED")
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+SRUN_VARIABLES = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS"}
+PLUGIN_VARIABLES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
+SRUN_PORTS = range(20_000, 30_000)  # below those that Linux hands out by itself
 Precision = Literal["fp32", "bf16", "fp16"]
 Result = TypeVar("Result")
 
@@ -33,7 +39,7 @@ class Processes:
         deepspeed: File of a DeepSpeed configuration, or None for plain data parallelism.
 
     Raises:
-        Refused: The device cannot compute in `precision`.
+        Refused: The device cannot compute in `precision`, or accelerate's own settings contradict the arguments.
         TubeletError: accelerate or DeepSpeed believes in another number of processes than the launcher started.
     """
 
@@ -46,16 +52,20 @@ class Processes:
         deepspeed: Path | None = None,
     ) -> None:
         """Joins the process group that the launcher's environment variables describe."""
+        _refuse_plugins(allowed="ACCELERATE_USE_DEEPSPEED" if deepspeed else None)
         on_gpu = torch.cuda.is_available()
         if precision == "fp16" and not on_gpu:
             raise Refused("precision: fp16 needs a GPU; use bf16 or fp32")
+        content = _completed(deepspeed, precision, accumulation, micro_batch, clip_grad) if deepspeed else None
         if not on_gpu:
             os.environ["DS_ACCELERATOR"] = "cpu"
         from accelerate import Accelerator
-        from accelerate.utils import DistributedType, InitProcessGroupKwargs
+        from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 
-        self._environment = {name: os.environ.get(name) for name in LAUNCHER_VARIABLES}
+        self._environment = {name: os.environ.get(name) for name in (*LAUNCHER_VARIABLES, "ACCELERATE_USE_DEEPSPEED")}
         self.uses_deepspeed = deepspeed is not None
+        if _started_by_srun():
+            _describe_srun()
         if self.uses_deepspeed:
             _describe_single_process()
             if not on_gpu:
@@ -66,26 +76,40 @@ class Processes:
             cpu=None if on_gpu or self.uses_deepspeed else True,
             mixed_precision="no" if precision == "fp32" else precision,
             gradient_accumulation_steps=accumulation,
-            deepspeed_plugin=_deepspeed_plugin(deepspeed, precision, accumulation, micro_batch, clip_grad)
-            if deepspeed
-            else None,
+            deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=content) if content else None,
             kwargs_handlers=handlers,
             step_scheduler_with_optimizer=False,
         )
-        launched = launched_world()
-        if self.accelerator.num_processes != launched:
-            raise TubeletError(
-                f"accelerate believes in {self.accelerator.num_processes} processes, but the launcher started "
-                f"{launched}; every rank would read the same data"
-            )
-        believed = self.accelerator.distributed_type
-        if self.uses_deepspeed and believed != DistributedType.DEEPSPEED:
-            raise TubeletError(f"accelerate believes in {believed} although DeepSpeed was asked for")
-        self.world: int = launched
+        self.world: int = launched_world()
         self.rank: int = self.accelerator.process_index
         self.device: torch.device = self.accelerator.device
+        try:
+            self._check_beliefs(accumulation)
+        except TubeletError:
+            self.__exit__()
+            raise
         # Small messages go over gloo, so that they never wait for the GPU.
-        self._messages = torch.distributed.new_group(backend="gloo") if launched > 1 else None
+        self._messages = _message_group() if self.world > 1 else None
+
+    def _check_beliefs(self, accumulation: int) -> None:
+        """Compares what accelerate made of its environment with what was asked for."""
+        from accelerate.utils import DistributedType
+
+        if self.accelerator.num_processes != self.world:
+            raise TubeletError(
+                f"accelerate believes in {self.accelerator.num_processes} processes, but the launcher started "
+                f"{self.world}; every rank would read the same data"
+            )
+        plain = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+        believed = self.accelerator.distributed_type
+        if believed not in ((DistributedType.DEEPSPEED,) if self.uses_deepspeed else plain):
+            asked = "DeepSpeed" if self.uses_deepspeed else "plain data parallelism"
+            raise TubeletError(f"accelerate believes in {believed.value} although {asked} was asked for")
+        if self.accelerator.gradient_accumulation_steps != accumulation:
+            raise Refused(
+                f"data.micro_batch: makes {accumulation} micro-batches a step, but accelerate was told "
+                f"{self.accelerator.gradient_accumulation_steps}; unset ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+            )
 
     @property
     def is_main(self) -> bool:
@@ -120,16 +144,16 @@ class Processes:
 
     def on_main_only(self, action: Callable[[], Result]) -> Result | None:
         """Runs `action` on rank 0, which alone gets its result; where it raises, every rank raises."""
-        result, error = None, None
+        result: Result | None = None
+        error: Exception | None = None
         if self.is_main:
             try:
                 result = action()
             except Exception as raised:
                 error = raised
-        error = self.gather_objects(error)[0]
-        if error is not None:
-            error.told = not self.is_main  # rank 0 says it for all
-            raise error
+        failure = self.gather_objects(told_by_main(error) if error else None)[0]
+        if failure is not None:
+            raise error or failure
         return result
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
@@ -153,7 +177,11 @@ class Processes:
         self.accelerator.free_memory()
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-        if torch.distributed.is_initialized():
+        if self.uses_deepspeed:
+            import deepspeed.comm
+
+            deepspeed.comm.destroy_process_group()  # and what DeepSpeed keeps of it
+        elif torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         for name, value in self._environment.items():
             if value is None:
@@ -162,14 +190,54 @@ class Processes:
                 os.environ[name] = value
 
 
-def started_as_main() -> bool:
-    """Whether the launcher calls this process rank 0; true before any process group exists."""
-    return int(os.environ.get("RANK", "0")) == 0
+def _message_group() -> torch.distributed.ProcessGroup:
+    group = torch.distributed.new_group(backend="gloo")
+    assert isinstance(group, torch.distributed.ProcessGroup), "every rank is a member"
+    return group
+
+
+def launched_rank() -> int:
+    """Returns which of the processes this one is to the launcher; known before any process group exists."""
+    return int(_launched("RANK", "0"))
 
 
 def launched_world() -> int:
     """Returns how many processes the launcher started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(_launched("WORLD_SIZE", "1"))
+
+
+def first_host(nodes: str) -> str:
+    """Returns the first host of SLURM's list of nodes: node03 of `node[03-05,9],other1`."""
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", nodes).split(",")[0]
+
+
+def _launched(name: str, alone: str) -> str:
+    return os.environ[SRUN_VARIABLES[name]] if _started_by_srun() else os.environ.get(name, alone)
+
+
+def _started_by_srun() -> bool:
+    """Whether this is one of several tasks of srun, and no other launcher stands between."""
+    return "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
+def _describe_srun() -> None:
+    """Says what srun's variables tell in those of the other launchers."""
+    try:
+        told = {name: os.environ[variable] for name, variable in SRUN_VARIABLES.items()}
+        told["MASTER_ADDR"] = first_host(os.environ["SLURM_STEP_NODELIST"])
+        number = int(os.environ["SLURM_JOB_ID"]) + int(os.environ["SLURM_STEP_ID"])
+    except (KeyError, ValueError) as error:
+        raise Refused(f"srun: started several tasks without telling {error}; start one torchrun on each node") from None
+    told["MASTER_PORT"] = str(SRUN_PORTS[number % len(SRUN_PORTS)])
+    os.environ.update(told | {name: os.environ[name] for name in told if name in os.environ})
+
+
+def _refuse_plugins(allowed: str | None) -> None:
+    for name in PLUGIN_VARIABLES:
+        if name != allowed and os.environ.get(name, "").lower() in ("1", "true", "yes", "on"):
+            raise Refused(
+                f"{name}: is set, and would divide the work in accelerate's way; unset it, or use --deepspeed"
+            )
 
 
 def _describe_single_process() -> None:
@@ -186,16 +254,17 @@ def _spare_compiler() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def _deepspeed_plugin(
+def _completed(
     file: Path, precision: Precision, accumulation: int, micro_batch: int, clip_grad: float | None
-) -> Any:
-    """Completes a DeepSpeed file with what the run's own configuration decides."""
-    from accelerate.utils import DeepSpeedPlugin
-
-    content = json.loads(file.read_text())
+) -> dict[str, Any]:
+    """Returns the content of a DeepSpeed file, completed with what the run's own configuration decides."""
+    try:
+        content = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise Refused(f"{file}: is not a DeepSpeed configuration in JSON ({error}); mend it") from None
     content["train_micro_batch_size_per_gpu"] = micro_batch
     content["gradient_accumulation_steps"] = accumulation
     content["gradient_clipping"] = clip_grad or 0.0
     content["bf16"] = {"enabled": precision == "bf16"}
     content["fp16"] = {"enabled": precision == "fp16"}
-    return DeepSpeedPlugin(hf_ds_config=content)
+    return content

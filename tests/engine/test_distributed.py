@@ -5,7 +5,7 @@ import torch
 
 from pretrain.data.loader import MicroBatches
 from pretrain.data.order import Order
-from pretrain.engine.distributed import Processes, launched_world, started_as_main
+from pretrain.engine.distributed import LAUNCHER_VARIABLES, Processes, first_host, launched_rank, launched_world
 from pretrain.errors import Refused, TubeletError
 
 ORDER = Order((5, 7, 3, 9), seed=4, lanes=4, shards_per_window=2, global_batch=8)
@@ -53,13 +53,68 @@ def test_fp16_without_a_gpu_is_refused():
         Processes("fp16")
 
 
-def test_the_launchers_variables_tell_the_world_and_the_rank(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE"):
+@pytest.fixture
+def no_launcher(monkeypatch):
+    for name in (*LAUNCHER_VARIABLES, "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
-    assert (launched_world(), started_as_main()) == (1, True)
+
+
+def test_the_launchers_variables_tell_the_world_and_the_rank(monkeypatch, no_launcher):
+    assert (launched_world(), launched_rank()) == (1, 0)
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert (launched_world(), started_as_main()) == (8, False)
+    assert (launched_world(), launched_rank()) == (8, 3)
+
+
+def test_the_tasks_of_srun_are_ranks_unless_another_launcher_stands_between(monkeypatch, no_launcher):
+    monkeypatch.setenv("SLURM_PROCID", "5")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert (launched_world(), launched_rank()) == (1, 0)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    assert (launched_world(), launched_rank()) == (8, 5)
+    monkeypatch.delenv("SLURM_STEP_NODELIST", raising=False)
+    with pytest.raises(Refused, match=r"srun: started several tasks without telling .*; start one torchrun on each"):
+        Processes()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert (launched_world(), launched_rank()) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("node7", "node7"),
+        ("a.example.org,b.example.org", "a.example.org"),
+        ("node[03-05,9],other1", "node03"),
+        ("gpu-[12]", "gpu-12"),
+        ("rack[0-3]node[01,07-09]-ib,x", "rack0node01-ib"),
+    ],
+)
+def test_the_first_host_of_a_list_of_nodes(nodes, first):
+    assert first_host(nodes) == first
+
+
+def test_an_accelerate_that_was_told_another_accumulation_is_refused_and_leaves_the_process_usable(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
+    with pytest.raises(Refused, match="makes 2 micro-batches a step, but accelerate was told 3; unset ACCELERATE_GRAD"):
+        Processes(accumulation=2)
+    with Processes(accumulation=3) as processes:
+        assert processes.accelerator.gradient_accumulation_steps == 3
+
+
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_a_deepspeed_file_that_holds_something_else_is_refused_by_name(tmp_path, content):
+    path = tmp_path / "zero.json"
+    path.write_text(content)
+    with pytest.raises(Refused, match=r"zero\.json: is not a DeepSpeed configuration in JSON"):
+        Processes(deepspeed=path)
+
+
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"])
+def test_an_accelerate_that_was_started_with_a_plugin_of_its_own_is_refused(monkeypatch, name):
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(Refused, match=f"{name}: is set, and would divide the work in accelerate's way; unset it"):
+        Processes()
 
 
 def test_an_accelerate_that_believes_in_another_world_than_the_launcher_is_caught(monkeypatch):
