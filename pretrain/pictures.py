@@ -2,7 +2,8 @@
 
 Reconstructions leak nothing. A masked autoencoder with normalised targets (He et al., 2022) predicts a tubelet's
 pattern but not its brightness and contrast; the field's usual pictures take those two from the hidden pixels
-themselves, and so look better than the model is. `paint` takes them from the visible tubelets around.
+themselves, and so look better than the model is. `paint` takes them from the visible tubelets around. A model with
+plain targets predicts the pixels themselves.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,10 @@ RECONSTRUCTION_NOTE = (
     "predicts them; their brightness and contrast, which the model does not predict, are interpolated from the visible "
     "tubelets around, never read from hidden pixels."
 )
+PLAIN_RECONSTRUCTION_NOTE = (
+    "Top: the clip. Middle: all that the encoder sees. Bottom: visible tubelets as they are, masked ones as the model "
+    "predicts them, brightness and contrast included."
+)
 FRAMES_SHOWN = 16
 FRAME_SIDE_PX = 128
 HIDDEN = (128, 128, 128, 56)  # a tint that lets the page shine through
@@ -26,6 +31,7 @@ def paint(
     masked: np.ndarray,
     prediction: np.ndarray,
     tubelet: tuple[int, int, int],
+    normalised: bool = True,
 ) -> np.ndarray:
     """Paints a model's prediction over a clip's masked tubelets, from visible pixels and the prediction alone.
 
@@ -35,8 +41,10 @@ def paint(
         clip: uint8 (T, H, W, C); its hidden pixels are never read.
         visible: Numbers of the tokens that the encoder saw, (Nv,).
         masked: Numbers of the tokens that were predicted, (Nm,).
-        prediction: (Nm, t * h * w * C) in the layout (t, h, w, C), normalised per tubelet and channel.
+        prediction: (Nm, t * h * w * C) in the layout (t, h, w, C): normalised per tubelet and channel, or pixels in
+            [0, 1].
         tubelet: The size (t, h, w) of a tubelet.
+        normalised: Whether predictions are normalised.
 
     Returns:
         uint8 (T, H, W, C): visible tubelets unchanged, masked ones predicted, any others grey.
@@ -44,7 +52,10 @@ def paint(
     visible, masked = np.asarray(visible, dtype=int), np.asarray(masked, dtype=int)
     grid = _grid(clip.shape, tubelet)
     tubelets = _cut(clip, tubelet)
-    mean, deviation = _interpolated_statistics(tubelets[visible].astype(np.float64), visible, masked, grid)
+    if normalised:
+        mean, deviation = _interpolated_statistics(tubelets[visible].astype(np.float64), visible, masked, grid)
+    else:
+        mean, deviation = np.zeros((len(masked), clip.shape[-1])), np.full((len(masked), clip.shape[-1]), 255.0)
     pattern = np.nan_to_num(np.asarray(prediction, dtype=np.float64), posinf=1e6, neginf=-1e6).reshape(
         len(masked), *tubelets.shape[1:]
     )

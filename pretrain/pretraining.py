@@ -1,11 +1,13 @@
 """Pretraining: the one file that puts data, model and engine together."""
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from pretrain.config import PretrainConfig
@@ -15,10 +17,12 @@ from pretrain.data.randomness import sample_key
 from pretrain.data.shards import ShardSet
 from pretrain.engine.distributed import Processes
 from pretrain.engine.run import Run
-from pretrain.engine.tracking import read_metrics
+from pretrain.engine.tracking import METRICS, read_metrics
+from pretrain.files import replacing
 from pretrain.model.mae import MaskedAutoencoder
 from pretrain.model.masking import MaskConfig, draw_mask
-from pretrain.report import RECONSTRUCTION_NOTE, Figure, Section, filmstrip, paint, visible_pixels, write_report
+from pretrain.pictures import PLAIN_RECONSTRUCTION_NOTE, RECONSTRUCTION_NOTE, filmstrip, paint, visible_pixels
+from pretrain.report import Figure, Section, write_report
 from pretrain.stage import (
     curve_figures,
     is_finished,
@@ -30,6 +34,7 @@ from pretrain.stage import (
     start_processes,
     summarise,
     train,
+    validate,
 )
 from pretrain.weights import (
     configs_from,
@@ -57,14 +62,14 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         Refused: The configuration, the shards or the run's checkpoints do not fit; nothing was started.
         StoppedByRule: The run was stopped; its checkpoints are whole.
     """
-    config.validate()
+    validate(config)
     shards = open_shards("data.shards", config.data.shards, config.data.clip)
     held_out = None
     if config.validation.shards:
         held_out = open_shards("validation.shards", config.validation.shards, config.data.clip)
     order = order_of(config, shards)
     steps = config.total_steps(order.steps_per_epoch)
-    initial = initial_weights(config) if config.init else None
+    initial = initial_weights(config, config.init) if config.init else None
     trained = {
         **named_fields("encoder", config.encoder.resolved()),
         **named_fields("decoder", config.decoder),
@@ -74,9 +79,9 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         if is_finished(run, steps):
             return say_finished(run)
         torch.manual_seed(config.seed)
-        model = MaskedAutoencoder(encoder_from(config.encoder, config.data.clip), config.decoder)
+        autoencoder = MaskedAutoencoder(encoder_from(config.encoder, config.data.clip), config.decoder)
         if initial and not run.saved:
-            load_encoder_weights(model.encoder, initial, find_encoder(config.init))
+            load_encoder_weights(autoencoder.encoder, *initial)
         validation = functools.partial(reconstruction_loss_on, held_out, config, processes) if held_out else None
         draw = functools.partial(draw_mask, config.mask, config.grid)
         model = train(
@@ -84,29 +89,29 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
             run,
             order,
             steps,
-            model,
+            autoencoder,
             TrainingClips(shards, config.data, config.seed, draw),
             reconstruction_loss,
             validation=validation,
             validate_every=config.validation.every,
             export=functools.partial(export_encoder, config, run),
         )
-        strips = save_reconstructions(config, run, model, held_out or shards)
-        summary = summarise(run, max(run.first_step, steps))
-        if processes.is_main:
-            write_pretraining_report(config, run.out, summary, strips)
+        done = max(run.first_step, steps)
+        strips = save_reconstructions(config, run, done, model, held_out or shards)
+        summary = summarise(run, done)
+        processes.on_main_only(lambda: write_pretraining_report(config, run.out, summary, strips))
         run.finish(summary)
         return summary
 
 
-def initial_weights(config: PretrainConfig) -> dict[str, Tensor]:
-    """Returns the weights of `config.init`; raises `Refused` if they were trained as another encoder."""
-    folder = find_encoder(config.init)
+def initial_weights(config: PretrainConfig, path: str) -> tuple[dict[str, Tensor], Path]:
+    """Returns the weights of the encoder at `path` and its folder; raises `Refused` if it is another encoder."""
+    folder = find_encoder(path)
     weights, description = load_model_folder(folder)
     architecture, clip = configs_from(description, folder)
     refuse_other_architecture("encoder", folder, architecture, config.encoder)
     refuse_other_clip(folder, clip, config.data.clip)
-    return weights
+    return weights, folder
 
 
 def reconstruction_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -117,25 +122,46 @@ def reconstruction_loss(model: nn.Module, batch: Batch) -> Tensor:
 def reconstruction_loss_on(
     held_out: ShardSet, config: PretrainConfig, processes: Processes, model: nn.Module
 ) -> dict[str, float]:
-    """Returns the mean loss over held-out samples, with the same crops and masks at every call."""
+    """Computes the mean loss over held-out samples, with the same crops and masks at every call; every rank calls it.
+
+    Args:
+        held_out: The held-out set.
+        config: The run's configuration, which says how many of its samples are used.
+        processes: All processes, which share the samples.
+        model: The prepared model.
+
+    Returns:
+        `validation_errors`, the samples that cannot be decoded, and `validation_loss` over the others if there are any.
+    """
     chosen = config.validation.chosen(held_out.samples)
     numbers, counted = evaluation_slice(len(chosen), processes.world, processes.rank)
     views = EvaluationViews(held_out, config.data.clip)
-    total = torch.zeros(2, dtype=torch.float64)
+    total = torch.zeros(3, dtype=torch.float64)
     for batch in evaluation_batches(views, chosen[numbers], counted, config.data.micro_batch, config.data.workers):
         visible, masked = fixed_masks(config.mask, config, [one.sample for one in batch], processes.device)
         clips = torch.cat([one.clips for one in batch]).to(processes.device)
         loss = model(clips, visible, masked).loss.double().cpu()
-        weight = torch.tensor([float(one.counted and one.error is None) for one in batch], dtype=torch.float64)
-        total += torch.stack([(loss * weight).sum(), weight.sum()])
-    loss_sum, count = processes.gather(total).sum(0).tolist()
-    return {"validation_loss": loss_sum / max(count, 1.0)}
+        decoded = torch.tensor([one.counted and one.error is None for one in batch])
+        errors = sum(one.counted and one.error is not None for one in batch)
+        total += torch.tensor([loss[decoded].sum(), decoded.sum(), errors], dtype=torch.float64)
+    loss_sum, count, errors = processes.gather(total).sum(0).tolist()
+    return {"validation_errors": int(errors)} | ({"validation_loss": loss_sum / count} if count else {})
 
 
 def fixed_masks(
     mask: MaskConfig, config: PretrainConfig, samples: list[int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Returns the masks of held-out samples, which depend on nothing but their numbers."""
+    """Draws the masks of held-out samples, which depend on nothing but their numbers.
+
+    Args:
+        mask: The mask.
+        config: The run's configuration, which sets the token grid.
+        samples: Sample numbers, B of them.
+        device: Where the masks are needed.
+
+    Returns:
+        `(B, Nv)` visible and `(B, Nm)` masked token numbers.
+    """
     drawn = [
         draw_mask(
             mask,
@@ -152,51 +178,83 @@ def fixed_masks(
 def export_encoder(config: PretrainConfig, run: Run, model: nn.Module) -> None:
     """Writes the encoder to the run's folder; every rank calls it, since ZeRO 3 gathers the weights."""
     weights = run.processes.accelerator.get_state_dict(model)
-    if run.processes.is_main:
+
+    def write() -> None:
         encoder = {
             name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith("encoder.")
         }
         save_model_folder(run.out / "encoder", encoder, describe_encoder(config.encoder, config.data.clip))
 
+    run.processes.on_main_only(write)
+
 
 @torch.no_grad()
-def save_reconstructions(config: PretrainConfig, run: Run, model: nn.Module, shards: ShardSet) -> list[Path]:
-    """Draws filmstrips of a few clips into `pictures/`; every rank calls it, since ZeRO 3 shares the forward pass."""
+def save_reconstructions(
+    config: PretrainConfig, run: Run, step: int, model: nn.Module, shards: ShardSet
+) -> list[Path] | None:
+    """Draws filmstrips of a few clips into `pictures/`; every rank calls it, since ZeRO 3 shares the forward pass.
+
+    Args:
+        config: The run's configuration.
+        run: The open run.
+        step: Steps done.
+        model: The prepared model.
+        shards: The samples to choose from; those that cannot be decoded are left out.
+
+    Returns:
+        The files, on rank 0.
+    """
     model.eval()
-    everything = MaskConfig(config.mask.name, config.mask.ratio, decoded=1.0)
+    everything = dataclasses.replace(config.mask, decoded=1.0)
     views = EvaluationViews(shards, config.data.clip)
     numbers = np.linspace(0, shards.samples - 1, min(PICTURED_CLIPS, shards.samples)).astype(int)
-    paths = []
+    strips = []
     for number in numbers.tolist():
         view = views[number, True]
-        if view.error is not None:
-            continue
         visible, masked = fixed_masks(everything, config, [number], run.processes.device)
         prediction = model(view.clips.to(run.processes.device), visible, masked).prediction
-        if run.processes.is_main:
-            clip = view.clips[0].numpy()
-            shown = visible[0].cpu().numpy()
-            painted = paint(
-                clip, shown, masked[0].cpu().numpy(), prediction[0].float().cpu().numpy(), config.encoder.tubelet
-            )
-            path = run.out / "pictures" / f"reconstruction-{len(paths)}.png"
-            path.parent.mkdir(exist_ok=True)
-            filmstrip(clip, visible_pixels(shown, clip.shape, config.encoder.tubelet), painted).save(path)
-            run.tracker.log_picture(run.first_step, f"reconstruction/{len(paths)}", path)
-            paths.append(path)
+        if view.error is None and run.processes.is_main:
+            tokens = visible[0].cpu().numpy(), masked[0].cpu().numpy()
+            strips.append(filmstrip_of(config, view.clips[0].numpy(), *tokens, prediction[0].float().cpu().numpy()))
+    return run.processes.on_main_only(lambda: write_pictures(run, step, strips))
+
+
+def filmstrip_of(
+    config: PretrainConfig, clip: np.ndarray, visible: np.ndarray, masked: np.ndarray, prediction: np.ndarray
+) -> Image:
+    """Returns the picture of one reconstruction; arguments as for `paint`."""
+    tubelet = config.encoder.tubelet
+    painted = paint(clip, visible, masked, prediction, tubelet, config.decoder.normalise_targets)
+    return filmstrip(clip, visible_pixels(visible, clip.shape, tubelet), painted)
+
+
+def write_pictures(run: Run, step: int, strips: list[Image]) -> list[Path]:
+    """Writes filmstrips to the run's `pictures/` and sends them to W&B; returns the files."""
+    paths = []
+    for number, strip in enumerate(strips):
+        path = run.out / "pictures" / f"reconstruction-{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        with replacing(path) as temporary:
+            strip.save(temporary, "PNG")
+        if run.tracker:
+            run.tracker.log_picture(step, f"reconstruction/{number}", path)
+        paths.append(path)
     return paths
 
 
-def write_pretraining_report(config: PretrainConfig, out: Path, summary: dict[str, Any], strips: list[Path]) -> None:
+def write_pretraining_report(
+    config: PretrainConfig, out: Path, summary: dict[str, Any], strips: list[Path] | None
+) -> None:
     """Writes the run's page."""
+    note = RECONSTRUCTION_NOTE if config.decoder.normalise_targets else PLAIN_RECONSTRUCTION_NOTE
     write_report(
         out / "report.html",
         title=f"Pretraining {out.name}",
         summary=f"A {config.encoder.variant} {config.encoder.name} encoder, {summary['steps']} steps.",
         headline=headline_of(summary),
         sections=[
-            Section("Curves", parts=curve_figures(read_metrics(out / "metrics.jsonl"))),
-            Section("Reconstructions", RECONSTRUCTION_NOTE, [Figure(path) for path in strips]),
+            Section("Curves", parts=curve_figures(read_metrics(out / METRICS))),
+            Section("Reconstructions", note, [Figure(path) for path in strips or []]),
         ],
         facts={"command line": f"tubelet pretrain --config {out / 'config.yaml'}"},
     )

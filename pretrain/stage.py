@@ -2,13 +2,14 @@
 
 import json
 import logging
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from pretrain.commandline import find_recipe, to_dict, to_yaml
+from pretrain.commandline import find_recipe, met_by_every_rank, to_dict, to_yaml
 from pretrain.config import RunConfig
 from pretrain.data.clips import ClipConfig
 from pretrain.data.loader import MicroBatches, TrainingClips, training_batches
@@ -18,7 +19,7 @@ from pretrain.engine.distributed import Processes, launched_world
 from pretrain.engine.optimizer import build_optimizer, build_schedule
 from pretrain.engine.progress import set_up_logging
 from pretrain.engine.run import SKIPPED, Run, open_run
-from pretrain.engine.tracking import read_metrics
+from pretrain.engine.tracking import METRICS, read_metrics
 from pretrain.engine.trainer import Objective, Plan, Trainer, Validation
 from pretrain.errors import Refused
 from pretrain.report import Figure, curves
@@ -26,7 +27,7 @@ from pretrain.report import Figure, curves
 logger = logging.getLogger(__name__)
 
 
-def open_shards(field: str, path: str, clip: ClipConfig) -> ShardSet:
+def open_shards(field: str, path: str | None, clip: ClipConfig) -> ShardSet:
     """Opens a set of shards to cut clips from.
 
     Args:
@@ -37,6 +38,8 @@ def open_shards(field: str, path: str, clip: ClipConfig) -> ShardSet:
     Raises:
         Refused: The set cannot be opened, or the clip's stride means nothing on it.
     """
+    if path is None:
+        raise Refused(f"{field}: is missing; give a folder that `tubelet pack` wrote")
     try:
         shards = ShardSet.open(path)
     except Refused as error:
@@ -60,10 +63,17 @@ def order_of(config: RunConfig, shards: ShardSet) -> Order:
     return Order(shards.samples_per_shard, config.seed, data.lanes, data.shards_per_window, data.global_batch)
 
 
+def validate(config: RunConfig) -> None:
+    """Raises `Refused` for whatever is wrong in the configuration itself, which every rank finds alike."""
+    with met_by_every_rank():
+        config.validate()
+
+
 def start_processes(config: RunConfig) -> Processes:
     """Joins the other processes of the run; raises `Refused` if the batch does not divide among them."""
-    accumulation = config.accumulation(launched_world())
-    deepspeed = find_recipe(config.deepspeed, "deepspeed", ".json") if config.deepspeed else None
+    with met_by_every_rank():
+        accumulation = config.accumulation(launched_world())
+        deepspeed = find_recipe(config.deepspeed, "deepspeed", ".json") if config.deepspeed else None
     processes = Processes(
         config.precision, accumulation, config.data.micro_batch, config.optimizer.clip_grad, deepspeed
     )
@@ -126,9 +136,29 @@ def train(
     objective: Objective,
     validation: Validation | None,
     validate_every: int,
-    export: Any,
+    export: Callable[[nn.Module], None],
 ) -> nn.Module:
-    """Trains a model to the end of the run, from its checkpoint where it has one; returns the prepared model."""
+    """Trains a model to the end of the run, from its checkpoint where it has one; every rank calls it.
+
+    Args:
+        config: The run's configuration.
+        run: The open run; its record begins here, once the checkpoint is loaded.
+        order: The order of the samples.
+        steps: Length of the run in steps.
+        model: The model, with the weights to start from where there is no checkpoint.
+        clips: Cuts the training clips.
+        objective: Computes the loss of a batch.
+        validation: Computes figures on held-out samples; None validates nothing.
+        validate_every: Steps between validations.
+        export: Called by all ranks with the prepared model after each checkpoint, to write its weights.
+
+    Returns:
+        The model, prepared for this world and trained.
+
+    Raises:
+        Refused: The checkpoint holds another model.
+        StoppedByRule: A rule stopped the run.
+    """
     processes = run.processes
     accumulation = config.accumulation(processes.world)
     batch = order.global_batch
@@ -138,8 +168,10 @@ def train(
     schedule.optimizer = optimizer
     if run.saved:
         run.checkpoints.load(run.saved, model, optimizer)
+    tracker = run.begin()
     plan = Plan(
         first_step=run.first_step,
+        samples_padded=run.saved.state.get("samples_padded", 0) if run.saved else 0,
         steps=steps,
         accumulation=accumulation,
         samples_per_step=batch,
@@ -159,7 +191,7 @@ def train(
         schedule,
         objective,
         run.checkpoints,
-        run.tracker,
+        tracker,
         run.out / SKIPPED,
         run.state,
         validation,
@@ -175,8 +207,8 @@ def train(
 
 
 def summarise(run: Run, steps: int) -> dict[str, Any]:
-    """Returns a run's final figures from its metrics."""
-    metrics = read_metrics(run.out / "metrics.jsonl")
+    """Returns a run's final figures from its metrics; every rank calls it."""
+    metrics = run.processes.on_main(lambda: read_metrics(run.out / METRICS))
     last = metrics[-1] if metrics else {}
     speeds = [entry["clips_per_second"] for entry in metrics if "clips_per_second" in entry]
     waits = [entry["data_wait_s"] for entry in metrics if "data_wait_s" in entry]
@@ -184,6 +216,7 @@ def summarise(run: Run, steps: int) -> dict[str, Any]:
         "steps": steps,
         "loss": last.get("loss"),
         "validation_loss": last.get("validation_loss"),
+        "validation_errors": last.get("validation_errors"),
         "clips_per_second": float(np.median(speeds)) if speeds else None,
         "data_wait_s": float(np.median(waits)) if waits else None,
         "memory_gib": last.get("memory_gib"),
@@ -214,9 +247,9 @@ def curve_figures(metrics: list[dict[str, Any]]) -> list[Figure]:
     """Returns the curves of a run: loss, learning rate, gradient norm."""
     steps = [entry["step"] for entry in metrics]
     losses = {"training": (steps, [entry.get("loss") for entry in metrics])}
-    held_out = [(entry["step"], entry["validation_loss"]) for entry in metrics if "validation_loss" in entry]
+    held_out = [entry for entry in metrics if "validation_loss" in entry]
     if held_out:
-        losses["held-out"] = tuple(zip(*held_out, strict=True))
+        losses["held-out"] = [entry["step"] for entry in held_out], [entry["validation_loss"] for entry in held_out]
     figures = [Figure(curves(losses, "Loss", "step", "loss"))]
     for name, title in (("learning_rate", "Learning rate"), ("gradient_norm", "Gradient norm")):
         values = [entry.get(name) for entry in metrics]

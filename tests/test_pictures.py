@@ -81,6 +81,15 @@ def test_predictions_that_are_not_numbers_or_out_of_range_are_painted_as_colors(
     assert painting[0, 1].tolist() == [[120, 255, 0], [255, 0, 120]]
 
 
+def test_a_model_with_plain_targets_predicts_the_pixels_themselves():
+    clip = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), dtype=np.uint8)
+    masked = np.arange(1, 8)
+    pixels = clip.reshape(2, 2, 2, 2, 2, 3).transpose(0, 1, 3, 2, 4, 5).reshape(8, 12) / 255
+    painting = paint(clip, np.array([0]), masked, pixels[masked], (1, 2, 2), normalised=False)
+    assert np.array_equal(painting, clip)
+    assert not np.array_equal(paint(clip, np.array([0]), masked, pixels[masked], (1, 2, 2)), clip)
+
+
 def test_a_clip_that_tubelets_do_not_tile_is_refused():
     with pytest.raises(ValueError, match="do not tile"):
         visible_pixels(np.array([0]), (4, 5, 4, 3), (2, 2, 2))

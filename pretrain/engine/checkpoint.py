@@ -9,11 +9,9 @@ checkpoints of which none can be read is an error, never a fresh start.
 """
 
 import dataclasses
-import errno
 import hashlib
 import json
 import logging
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pretrain.engine.distributed import Processes
+from pretrain.engine.failures import has_room, means_full_disk
 from pretrain.engine.ownership import RunLock
 from pretrain.errors import DiskFull, Refused, StoppedByRule, TubeletError
 from pretrain.files import sha256_of_file, sync_file, write_json
@@ -31,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+PROBE_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +80,13 @@ class Checkpoints:
         self.processes = processes
         self.lock = lock
         self.keep_last = keep_last
-        if processes.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            for stale in folder.glob("step-*.tmp-*"):
-                shutil.rmtree(stale)
+        self._whole: set[str] = set()  # names of folders that this process wrote or verified
+        processes.on_main_only(self._remove_leftovers)
+
+    def _remove_leftovers(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for stale in self.folder.glob("step-*.tmp-*"):
+            shutil.rmtree(stale)
 
     def save(self, step: int, model: nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
         """Writes and commits the checkpoint of `step`; every rank calls it.
@@ -97,11 +99,15 @@ class Checkpoints:
         final = self.folder / f"step-{step:08d}"
         attempt = self.processes.gather_objects(self.lock.owner.attempt if self.lock else None)[0]
         temporary = final.with_name(f"{final.name}.tmp-{attempt}")
-        if self.processes.is_main:
-            temporary.mkdir()
-        self.processes.barrier()
+        self.processes.on_main_only(lambda: self._make(temporary, final))
         reports = self.processes.gather_objects(self._write_own_files(temporary, model, optimizer))
         self.processes.on_main(lambda: self._commit(temporary, final, reports, step, state))
+
+    def _make(self, temporary: Path, final: Path) -> None:
+        try:
+            temporary.mkdir()
+        except OSError as error:
+            raise self._failure(error, final) from error
 
     def _write_own_files(self, folder: Path, model: nn.Module, optimizer: Any) -> dict[str, Any] | Exception:
         """Returns size and hash of each file this rank wrote, or the error that stopped it."""
@@ -140,7 +146,7 @@ class Checkpoints:
             self._check_complete(temporary, files)
             manifest = {"format": FORMAT_VERSION, "step": step, "state": state, "files": dict(sorted(files.items()))}
             write_json(temporary / MANIFEST, manifest | {"sha256": _sha256_of(manifest)})
-            if not self.lock.is_held():
+            if self.lock and not self.lock.is_held():
                 raise StoppedByRule(f"{self.lock.path}: another job has taken over this run; this one stops")
             if final.exists():
                 shutil.rmtree(final)
@@ -153,12 +159,13 @@ class Checkpoints:
             failure = self._failure(error, final)
             shutil.rmtree(temporary, ignore_errors=True)
             raise failure from error
-        self._prune(final)
         logger.info("saved %s", final)
+        self._whole.add(final.name)
+        self._prune(final)
 
     def _failure(self, error: Exception, folder: Path) -> TubeletError:
-        """Returns what to tell of a failed write; torch.save does not say when the disk was full, so it is asked."""
-        if is_out_of_space(error) or shutil.disk_usage(self.folder).free < 1 << 20:
+        """Returns what to tell of a failed write; torch.save does not say when no space was left, so it is tried."""
+        if means_full_disk(error) or not has_room(self.folder, PROBE_BYTES):
             return DiskFull(
                 f"{folder}: no space left on the disk; free some and start again; the checkpoints before are whole"
             )
@@ -182,13 +189,32 @@ class Checkpoints:
         return needed
 
     def _prune(self, newest: Path) -> None:
-        """Damaged checkpoints of later steps, which resuming passed over, do not count."""
-        done = [folder for folder in step_folders(self.folder) if folder.name <= newest.name]
-        for old in done[: -self.keep_last]:
-            shutil.rmtree(old)
+        """Removes older checkpoints once `keep_last` whole ones stay; damaged ones and those of later steps count not.
 
-    def load(self, saved: Saved, model: nn.Module, optimizer: Any) -> None:
+        What cannot be removed, such as a file that NFS keeps for somebody who reads it, stays until the next time.
+        """
+        kept = 0
+        for folder in reversed([folder for folder in step_folders(self.folder) if folder.name <= newest.name]):
+            if kept < self.keep_last:
+                kept += self._is_whole(folder)
+                continue
+            try:
+                shutil.rmtree(folder)
+            except OSError as error:
+                logger.warning("%s cannot be removed now (%s)", folder, error)
+
+    def _is_whole(self, folder: Path) -> bool:
+        if folder.name not in self._whole:
+            try:
+                self._whole.add(verify(folder).folder.name)
+            except Refused:
+                return False
+        return True
+
+    def load(self, saved: Saved, model: Any, optimizer: Any) -> None:
         """Puts a checkpoint's weights and optimiser state in place.
+
+        What the configuration says of the optimiser (decay, betas, the layers' rates) stays as it is now.
 
         Raises:
             Refused: It holds another model, or was written by another kind of engine or world.
@@ -199,6 +225,9 @@ class Checkpoints:
                 f"{saved.folder}: was written by {there['name']} with {there['world']} processes and cannot be read by "
                 f"{here['name']} with {here['world']}; start with the same --deepspeed and number of processes"
             )
+        configured = [
+            {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
+        ]
         try:
             if self.processes.uses_deepspeed:
                 model.load_checkpoint(saved.folder, tag="deepspeed")
@@ -210,12 +239,18 @@ class Checkpoints:
                 optimizer.load_state_dict(stored["optimizer"])
                 if stored["scaler"] and self.processes.accelerator.scaler:
                     self.processes.accelerator.scaler.load_state_dict(stored["scaler"])
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()
             raise Refused(
                 f"{saved.folder}: holds another model than the configuration describes ({' '.join(reason[:2])}); "
                 f"start with the configuration that wrote it or another --out"
             ) from None
+        for group, values in zip(optimizer.param_groups, configured, strict=True):
+            group.update(values)
+        if saved.folder.parent == self.folder:
+            self._whole.add(saved.folder.name)
 
 
 def _save_with_deepspeed(engine: Any, folder: Path) -> None:
@@ -248,6 +283,9 @@ def step_folders(folder: Path) -> list[Path]:
 def find_checkpoint(folder: Path, resume: str) -> Saved | None:
     """Finds the checkpoint to go on from.
 
+    A run that was begun with `never` or from a named checkpoint goes on like any other when it is started again by the
+    same command.
+
     Args:
         folder: The run's `checkpoints/`.
         resume: `auto` for the newest that verifies, `never` for none, or a checkpoint's folder.
@@ -256,31 +294,41 @@ def find_checkpoint(folder: Path, resume: str) -> Saved | None:
         The checkpoint, or None where the run starts afresh.
 
     Raises:
-        Refused: None of the checkpoints can be read, the named one cannot, or `never` would bury existing ones.
+        Refused: None of the checkpoints can be read, the named one cannot, or the start would bury existing ones.
     """
     candidates = step_folders(folder)
+    newest = _newest_whole(candidates)
+    if resume == "auto" and candidates and newest is None:
+        raise Refused(
+            f"{folder}: none of its {len(candidates)} checkpoints can be read; restore one, or start afresh with "
+            f"another --out"
+        )
+    if resume == "auto" or (newest and newest.state.get("begun") == beginning(resume)):
+        return newest
     if resume == "never":
         if candidates:
             raise Refused(f"{folder}: holds checkpoints, and --resume never would bury them; give another --out")
         return None
-    if resume != "auto":
-        saved = verify(Path(resume))
-        newer = [candidate.name for candidate in candidates if candidate.name > f"step-{saved.step:08d}"]
-        if newer:
-            raise Refused(
-                f"{folder}: holds {newer[-1]}, which is newer than {resume}; give another --out or remove what is newer"
-            )
-        return saved
+    saved = verify(Path(resume))
+    newer = [candidate.name for candidate in candidates if candidate.name > f"step-{saved.step:08d}"]
+    if newer:
+        raise Refused(
+            f"{folder}: holds {newer[-1]}, which is newer than {resume}; give another --out or remove what is newer"
+        )
+    return saved
+
+
+def beginning(resume: str) -> str:
+    """Returns what checkpoints note of how their run began: `auto`, `never`, or the whole path of a checkpoint."""
+    return resume if resume in ("auto", "never") else str(Path(resume).resolve())
+
+
+def _newest_whole(candidates: list[Path]) -> Saved | None:
     for candidate in reversed(candidates):
         try:
             return verify(candidate)
         except Refused as error:
             logger.warning("passed over %s", error)
-    if candidates:
-        raise Refused(
-            f"{folder}: none of its {len(candidates)} checkpoints can be read; restore one, or start afresh with "
-            f"another --out"
-        )
     return None
 
 
@@ -300,21 +348,20 @@ def verify(folder: Path) -> Saved:
     if manifest.pop("sha256", None) != _sha256_of(manifest):
         raise Refused(f"{folder / MANIFEST}: was changed since it was written")
     for name, entry in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise Refused(f"{path}: is missing")
-        if path.stat().st_size != entry["bytes"]:
-            raise Refused(f"{path}: has {path.stat().st_size} bytes, its manifest says {entry['bytes']}")
-        if sha256_of_file(path) != entry["sha256"]:
-            raise Refused(f"{path}: its content differs from what its manifest says")
+        _compare(folder / name, entry["bytes"], entry["sha256"])
     return Saved(folder, manifest["step"], manifest["state"])
 
 
-def is_out_of_space(error: BaseException) -> bool:
-    """Whether a write failed for want of space; safetensors gives the error's text only."""
-    if isinstance(error, OSError):
-        return error.errno in OUT_OF_SPACE
-    return any(os.strerror(number) in str(error) for number in OUT_OF_SPACE)
+def _compare(path: Path, size_bytes: int, sha256: str) -> None:
+    try:
+        if not path.is_file():
+            raise Refused(f"{path}: is missing")
+        if path.stat().st_size != size_bytes:
+            raise Refused(f"{path}: has {path.stat().st_size} bytes, its manifest says {size_bytes}")
+        if sha256_of_file(path) != sha256:
+            raise Refused(f"{path}: its content differs from what its manifest says")
+    except OSError as error:
+        raise Refused(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _sha256_of(content: dict[str, Any]) -> str:

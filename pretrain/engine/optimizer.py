@@ -56,7 +56,7 @@ class OptimizerConfig:
             raise Refused(f"optimizer.betas: {list(self.betas)} must lie in [0, 1)")
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
             raise Refused(f"optimizer.layer_decay: {self.layer_decay} must be greater than 0 and at most 1")
-        if self.clip_grad is not None and self.clip_grad <= 0:
+        if self.clip_grad is not None and not 0 < self.clip_grad < math.inf:
             raise Refused("optimizer.clip_grad must be greater than 0; leave it out to clip nothing")
 
     def learning_rate(self, global_batch: int) -> float:

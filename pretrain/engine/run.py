@@ -10,48 +10,75 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pretrain.engine.checkpoint import Checkpoints, Saved, engine_kind, find_checkpoint, is_out_of_space
+from pretrain.engine.checkpoint import (
+    Checkpoints,
+    Saved,
+    beginning,
+    engine_kind,
+    find_checkpoint,
+)
 from pretrain.engine.distributed import Processes
+from pretrain.engine.failures import means_full_disk
 from pretrain.engine.ownership import RunLock
-from pretrain.engine.tracking import Tracker, TrackingMode, cut_back
+from pretrain.engine.tracking import METRICS, Tracker, TrackingMode, cut_back
 from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, DiskFull, Refused, TubeletError
-from pretrain.files import write_json, write_text
+from pretrain.files import is_out_of_space, write_json, write_text
 
 logger = logging.getLogger(__name__)
 
+CHECKPOINTS = "checkpoints"
 SKIPPED = "skipped.jsonl"
+SUMMARY = "summary.json"
 LIBRARIES = ("tubelet", "torch", "accelerate", "deepspeed", "timm")
 
 
 @dataclasses.dataclass
 class Run:
-    """An open run.
+    """An open run; its record is as the last attempt left it until `begin`.
 
     Attributes:
         out: Its folder.
         processes: All its processes.
+        config_yaml: The resolved configuration.
+        tracking: Whether W&B is used.
         checkpoints: Writes and loads checkpoints.
-        tracker: Writes metrics.
-        state: What checkpoints note beside the weights.
         saved: The checkpoint to go on from, or None.
+        state: What checkpoints note beside the weights, the configuration among it.
+        tracker: Writes metrics, once the run has begun.
     """
 
     out: Path
     processes: Processes
+    config_yaml: str
+    tracking: TrackingMode
     checkpoints: Checkpoints
-    tracker: Tracker
-    state: dict[str, Any]
     saved: Saved | None
+    state: dict[str, Any]
+    tracker: Tracker | None = None
 
     @property
     def first_step(self) -> int:
         """Steps done already."""
         return self.saved.step if self.saved else 0
 
+    def begin(self) -> Tracker:
+        """Opens the record of this attempt, after all that may refuse it; every rank calls it."""
+        self.processes.on_main_only(self._rewrite_record)
+        config, stage, run_id = (self.state[name] for name in ("config", "stage", "run_id"))
+        self.tracker = Tracker(self.out, self.tracking, config, stage, self.processes.is_main, run_id)
+        self.state["run_id"] = self.tracker.run_id
+        return self.tracker
+
+    def _rewrite_record(self) -> None:
+        """Cuts the record back to the step that this attempt goes on from."""
+        (self.out / "outcome.json").unlink(missing_ok=True)
+        for name in (METRICS, SKIPPED):
+            cut_back(self.out / name, self.first_step)
+        write_text(self.out / "config.yaml", self.config_yaml)
+
     def finish(self, summary: dict[str, Any]) -> None:
-        """Writes the final figures, the last of the run's files."""
-        if self.processes.is_main:
-            write_json(self.out / "summary.json", summary)
+        """Writes the final figures, the last of the run's files; every rank calls it."""
+        self.processes.on_main_only(lambda: write_json(self.out / SUMMARY, summary))
 
 
 @contextlib.contextmanager
@@ -72,11 +99,11 @@ def open_run(
         out: The run's folder.
         processes: All processes of the run.
         stage: `pretrain` or `finetune`.
-        config: The resolved configuration, for the tracker.
+        config: The resolved configuration, for the tracker and the checkpoints.
         config_yaml: The same as YAML, for `config.yaml`.
         resume: `auto`, `never`, or a checkpoint's folder.
         tracking: Whether W&B is used.
-        identity: What must not change between attempts (data, order, seed), under the names of its fields.
+        identity: What must not change between attempts (data, order, seed, model), under the names of its fields.
         keep_last: Checkpoints that stay.
 
     Raises:
@@ -85,45 +112,51 @@ def open_run(
     folder = Path(out)
     lock = processes.on_main_only(lambda: _claim(folder))
     started = time.time()
-    tracker = None
+    run = None
     try:
-        saved = processes.on_main(lambda: find_checkpoint(folder / "checkpoints", resume))
-        if saved:
-            refuse_changes(saved, identity)
-            logger.info("going on from step %d (%s)", saved.step, saved.folder)
-        if processes.is_main:
-            write_text(folder / "config.yaml", config_yaml)
-            (folder / "outcome.json").unlink(missing_ok=True)
-        checkpoints = Checkpoints(folder / "checkpoints", processes, lock, keep_last)
-        run_id = saved.state.get("run_id") if saved else None
-        tracker = Tracker(folder, tracking, config, stage, processes.is_main, run_id)
-        tracker.cut_back(saved.step if saved else 0)
-        if processes.is_main:
-            cut_back(folder / SKIPPED, saved.step if saved else 0)
+        saved = processes.on_main(lambda: _find_saved(folder, resume, stage, identity))
         state = {
             "stage": stage,
             "identity": identity,
             "engine": engine_kind(processes),
-            "run_id": tracker.run_id,
+            "begun": beginning(resume),
+            "run_id": None,
+            "config": config,
             "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
         }
-        yield Run(folder, processes, checkpoints, tracker, state, saved)
+        if saved and saved.folder.resolve().parent == (folder / CHECKPOINTS).resolve():
+            state["run_id"] = saved.state.get("run_id")
+            if resume == "auto":
+                state["begun"] = saved.state.get("begun", "auto")
+        checkpoints = Checkpoints(folder / CHECKPOINTS, processes, lock, keep_last)
+        run = Run(folder, processes, config_yaml, tracking, checkpoints, saved, state)
+        yield run
     except BaseException as raised:
         error = _as_expected(raised, folder)
-        _end(folder, tracker, lock, _exit_code(error), f"{type(error).__name__}: {error}", started)
+        _end(run, lock, folder, _exit_code(error), f"{type(error).__name__}: {error}", started)
         if error is raised:
             raise
         raise error from raised
-    _end(folder, tracker, lock, EXIT_DONE, "done", started)
+    _end(run, lock, folder, EXIT_DONE, "done", started)
 
 
-def refuse_changes(saved: Saved, identity: dict[str, Any]) -> None:
-    """Raises `Refused` if a checkpoint was written with another identity: its order of samples would not go on."""
+def _find_saved(folder: Path, resume: str, stage: str, identity: dict[str, Any]) -> Saved | None:
+    saved = find_checkpoint(folder / CHECKPOINTS, resume)
+    if saved:
+        refuse_changes(saved, stage, identity)
+        logger.info("going on from step %d (%s)", saved.step, saved.folder)
+    return saved
+
+
+def refuse_changes(saved: Saved, stage: str, identity: dict[str, Any]) -> None:
+    """Raises `Refused` if a checkpoint was written by another stage or with another identity."""
+    if saved.state["stage"] != stage:
+        raise Refused(f"{saved.folder}: was written by {saved.state['stage']}, not by {stage}; give another --out")
     before = saved.state["identity"]
     for name, value in identity.items():
-        if before.get(name) != value:
+        if name in before and before[name] != value:
             raise Refused(
-                f"{name}: is {value}, but {saved.folder} was written with {before.get(name)}; use that again or give "
+                f"{name}: is {value}, but {saved.folder} was written with {before[name]}; use that again or give "
                 f"another --out"
             )
 
@@ -131,8 +164,15 @@ def refuse_changes(saved: Saved, identity: dict[str, Any]) -> None:
 def _claim(folder: Path) -> RunLock:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return RunLock(folder)
+        lock = RunLock(folder)
+        for leftover in (
+            path for part in (".", "encoder", "model", "pictures") for path in folder.glob(f"{part}/*.tmp-*")
+        ):
+            leftover.unlink()
+        return lock
     except OSError as error:
+        if is_out_of_space(error):
+            raise DiskFull(f"{folder}: no space left on the disk; free some and start again") from None
         raise Refused(f"{folder}: cannot be written ({error.strerror}); give another --out") from None
 
 
@@ -144,17 +184,17 @@ def _exit_code(error: BaseException) -> int:
 
 def _as_expected(error: BaseException, folder: Path) -> BaseException:
     """Returns what to tell of an error: a full disk may show in any library that writes to the run's folder."""
-    if isinstance(error, TubeletError) or not is_out_of_space(error):
+    if isinstance(error, TubeletError) or not means_full_disk(error):
         return error
     return DiskFull(f"{folder}: no space left on the disk; free some and start again; its checkpoints are whole")
 
 
-def _end(folder: Path, tracker: Tracker | None, lock: RunLock | None, code: int, reason: str, started: float) -> None:
+def _end(run: Run | None, lock: RunLock | None, folder: Path, code: int, reason: str, started: float) -> None:
     """Closes the run's record, unless another job owns it by now; ranks other than 0 have no lock, nothing to close."""
     if lock is None:
         return
-    if tracker is not None:
-        tracker.finish(code)
+    if run is not None and run.tracker is not None:
+        run.tracker.finish(code)
     with contextlib.suppress(OSError):  # a full disk must not hide why the run ended
         if not lock.is_held():
             return

@@ -15,19 +15,20 @@ import netrc
 import os
 import secrets
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pretrain.errors import TubeletError
-from pretrain.files import replacing, write_text
+from pretrain.errors import DiskFull, TubeletError
+from pretrain.files import is_out_of_space, replacing, write_text
 
 logger = logging.getLogger(__name__)
 
 TrackingMode = Literal["auto", "wandb", "none"]
 Connection = Literal["online", "offline"]
 
+METRICS = "metrics.jsonl"
 INIT_TIMEOUT_S = 20
 FINISH_TIMEOUT_S = 20
 RUN_ID_LENGTH = 8
@@ -57,7 +58,7 @@ class Tracker:
             enabled: False on all ranks but 0.
             run_id: The W&B run id that a checkpoint carries; by default the one of the run folder, or else a new one.
         """
-        self.path = Path(out) / "metrics.jsonl"
+        self.path = Path(out) / METRICS
         self.run_id = run_id
         self._enabled = enabled
         self._run: Any = None
@@ -70,33 +71,24 @@ class Tracker:
                 self.run_id = settle_run_id(Path(out) / "wandb" / "run_id", run_id)
                 self._run = _start_wandb(Path(out), connection, config, stage, self.run_id)
 
-    def cut_back(self, step: int) -> None:
-        """Drops the lines of all steps after `step`; call it on resume, and with 0 on a fresh start.
-
-        Step 0 empties the record. Lines that are not JSON, such as the torn last one that a killed process leaves, are
-        dropped too.
-
-        Raises:
-            TubeletError: The file cannot be read or rewritten; it is left as it was.
-        """
-        if self._enabled:
-            with self._naming_the_file("rewrite"):
-                cut_back(self.path, step)
-
-    def log(self, step: int, metrics: dict[str, float | int | str]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float | int | str]) -> None:
         """Appends one line, `{"step": step, ...}`; call it once a step, with all that is known of that step.
 
         Numbers that JSON does not have (nan, inf) are written as null; W&B gets them as they are.
 
         Raises:
-            TubeletError: `metrics.jsonl` cannot be written, for example because the disk is full; no partial line
-                stays behind.
+            DiskFull: No space is left; no partial line stays behind.
+            TubeletError: `metrics.jsonl` cannot be written.
         """
         if not self._enabled:
             return
         entry = {"step": step} | {name: _json_value(value) for name, value in metrics.items()}
-        with self._naming_the_file("write"):
+        try:
             _append(self.path, json.dumps(entry, allow_nan=False).encode() + b"\n")
+        except OSError as error:
+            if is_out_of_space(error):
+                raise DiskFull(f"{self.path}: no space left on the disk; free some and start again") from error
+            raise TubeletError(f"{self.path}: cannot be written ({error.strerror}); mend that and resume") from error
         if self._run:
             with self._never_fatal("stopped working"):
                 self._run.log({"step": step, **metrics})
@@ -127,18 +119,12 @@ class Tracker:
             )
             _abandon_wandb()
 
-    @contextlib.contextmanager
-    def _naming_the_file(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise TubeletError(
-                f"{self.path}: cannot {what} the metrics ({error.strerror}); free or enlarge that disk, then resume"
-            ) from error
-
 
 def cut_back(path: Path, step: int) -> None:
-    """Drops the lines of all steps after `step` from a file of JSON lines, if there is one; see `Tracker.cut_back`."""
+    """Drops the lines of all steps after `step` from a file of JSON lines, if there is one; 0 empties it.
+
+    Lines that are not JSON, such as the torn last one that a killed process leaves, are dropped too.
+    """
     if not path.exists():
         return
     with replacing(path) as temporary, open(temporary, "wb") as file:

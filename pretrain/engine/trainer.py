@@ -11,17 +11,19 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
 from pretrain.engine.checkpoint import Checkpoints
 from pretrain.engine.distributed import Processes
 from pretrain.engine.progress import Progress
 from pretrain.engine.tracking import Tracker, read_metrics
-from pretrain.errors import StoppedByRule
+from pretrain.errors import StoppedByRule, TubeletError
 from pretrain.files import append_json_lines
 
 logger = logging.getLogger(__name__)
@@ -41,6 +43,7 @@ class Plan:
 
     Attributes:
         first_step: Steps done already.
+        samples_padded: Samples that were too short for their time window in these steps.
         steps: Steps in the whole run.
         accumulation: Micro-batches in a step.
         samples_per_step: Samples that all ranks together read in a step.
@@ -54,6 +57,7 @@ class Plan:
     """
 
     first_step: int
+    samples_padded: int
     steps: int
     accumulation: int
     samples_per_step: int
@@ -105,11 +109,11 @@ class Trainer:
         processes: Processes,
         model: nn.Module,
         optimizer: Any,
-        schedule: Any,
+        schedule: Scheduler,
         objective: Objective,
         checkpoints: Checkpoints,
         tracker: Tracker,
-        skipped_path: Any,
+        skipped_path: Path,
         state: dict[str, Any],
         validation: Validation | None = None,
         on_checkpoint: Callable[[nn.Module], None] | None = None,
@@ -128,7 +132,9 @@ class Trainer:
         self.validation = validation
         self.on_checkpoint = on_checkpoint
         self.samples_read = plan.first_step * plan.samples_per_step
+        self.samples_padded = plan.samples_padded
         self.samples_skipped = processes.on_main(lambda: len(read_metrics(skipped_path)))
+        self._failure: TubeletError | OSError | None = None
         self._clock = time.perf_counter()
 
     def train(self, batches: Iterable[Any], description: str) -> None:
@@ -139,7 +145,8 @@ class Trainer:
             description: Stands before the progress bar.
 
         Raises:
-            StoppedByRule: A loss was not finite, or too many samples could not be decoded.
+            StoppedByRule: A loss or a weight was not finite, or too many samples could not be decoded.
+            DiskFull: No space is left for the record or for a checkpoint.
         """
         plan = self.plan
         waiting = iter(batches)
@@ -157,11 +164,13 @@ class Trainer:
                 if not (validates or saves):
                     continue
                 if validates and self.validation:
-                    previous = previous._replace(metrics=self._validate())
+                    previous = previous._replace(metrics=self._validate(self.validation))
                 self._settle(previous, progress)
                 previous = None
                 if saves:
-                    self.checkpoints.save(done, self.model, self.optimizer, self.state)
+                    self._check_before_saving(done)
+                    state = self.state | {"samples_padded": self.samples_padded}
+                    self.checkpoints.save(done, self.model, self.optimizer, state)
                     if self.on_checkpoint:
                         self.on_checkpoint(self.model)
                 self._seconds_since_last()
@@ -218,11 +227,13 @@ class Trainer:
     def _settle(self, record: _StepRecord, progress: Progress) -> None:
         """Gathers a step's figures from all ranks, stops the run if they ask for it, and logs them."""
         own = [record.loss.item(), record.data_wait_s, record.seconds, memory_gib(self.processes.device)]
-        counts = [record.padded, len(record.skipped)]
+        counts = [record.padded, len(record.skipped), self._failure is not None]
         gathered = self.processes.gather(torch.tensor([*own, *counts], dtype=torch.float64))
-        loss, data_wait_s, seconds, memory, padded, skipped = gathered.unbind(1)
+        loss, data_wait_s, seconds, memory, padded, skipped, failed = gathered.unbind(1)
+        self._end_if_failed(failed)
         self._stop_if_not_finite(record, loss)
         self.samples_read += self.plan.samples_per_step
+        self.samples_padded += int(padded.sum())
         if skipped.sum() > 0:
             self._note_skipped(record)
         done = record.step + 1
@@ -230,21 +241,50 @@ class Trainer:
         progress.update(done, float(loss.mean()), clips_per_second)
         if not (record.metrics or self._is_due(done, self.plan.log_every)):
             return
-        self.tracker.log(
-            done,
-            {
-                "loss": float(loss.mean()),
-                "learning_rate": record.learning_rate,
-                "gradient_norm": float(record.gradient_norm),
-                "clips_per_second": clips_per_second,
-                "data_wait_s": float(data_wait_s.mean()),
-                "data_wait_max_s": float(data_wait_s.max()),
-                "memory_gib": float(memory.max()),
-                "padded": int(padded.sum()),
-                "skipped": self.samples_skipped,
-                **record.metrics,
-            },
-        )
+        figures = {
+            "loss": float(loss.mean()),
+            "learning_rate": record.learning_rate,
+            "gradient_norm": float(record.gradient_norm),
+            "clips_per_second": clips_per_second,
+            "data_wait_s": float(data_wait_s.mean()),
+            "data_wait_max_s": float(data_wait_s.max()),
+            "memory_gib": float(memory.max()),
+            "padded": self.samples_padded,
+            "skipped": self.samples_skipped,
+            **record.metrics,
+        }
+        self._write(lambda: self.tracker.log(done, figures))
+
+    def _write(self, action: Callable[[], None]) -> None:
+        """Writes to the record on rank 0; where that fails, all ranks end together when they gather next."""
+        if self._failure or not self.processes.is_main:
+            return
+        try:
+            action()
+        except (TubeletError, OSError) as error:
+            self._failure = error
+
+    def _end_if_failed(self, failed: Tensor) -> None:
+        """Raises on every rank what rank 0 could not write."""
+
+        def tell() -> None:
+            if self._failure:
+                raise self._failure
+
+        if failed.any():
+            self.processes.on_main_only(tell)
+
+    def _check_before_saving(self, step: int) -> None:
+        """Keeps what the last backward pass may have broken, which no loss has shown yet, out of checkpoints."""
+        broken = not weights_are_finite(self.model, self.processes.rank)
+        own = torch.tensor([broken, self._failure is not None], dtype=torch.float64)
+        broken_ranks, failed = self.processes.gather(own).unbind(1)
+        self._end_if_failed(failed)
+        if broken_ranks.any():
+            raise StoppedByRule(
+                f"the weights after step {step} are not finite on {int(broken_ranks.sum())} of {self.processes.world} "
+                f"ranks; checkpoints are untouched: lower optimizer.base_lr, or set optimizer.clip_grad"
+            )
 
     def _stop_if_not_finite(self, record: _StepRecord, losses: Tensor) -> None:
         bad_ranks = (~losses.isfinite()).nonzero().flatten().tolist()
@@ -261,18 +301,18 @@ class Trainer:
     def _note_skipped(self, record: _StepRecord) -> None:
         reports = [report for part in self.processes.gather_objects(record.skipped) for report in part]
         self.samples_skipped += len(reports)
-        if self.processes.is_main:
-            append_json_lines(self.skipped_path, [{"step": record.step + 1} | report for report in reports])
+        entries = [{"step": record.step + 1} | report for report in reports]
+        self._write(lambda: append_json_lines(self.skipped_path, entries))
         if self.samples_skipped > max(FEW_SAMPLES, self.plan.max_bad_share * self.samples_read):
             raise StoppedByRule(
                 f"{self.samples_skipped} of {self.samples_read} samples could not be decoded, more than "
                 f"data.max_bad_share {self.plan.max_bad_share} allows; they are listed in {self.skipped_path}"
             )
 
-    def _validate(self) -> dict[str, float]:
+    def _validate(self, validation: Validation) -> dict[str, float]:
         self.model.eval()
         with torch.no_grad():
-            return self.validation(self.model)
+            return validation(self.model)
 
 
 def seed_draws(seed: int, step: int, rank: int, micro_batch: int) -> None:
@@ -281,6 +321,19 @@ def seed_draws(seed: int, step: int, rank: int, micro_batch: int) -> None:
     torch.manual_seed(int(state[0]))
     np.random.seed(int(state[1]))
     random.seed(int(state[2]))
+
+
+def weights_are_finite(model: nn.Module, rank: int) -> bool:
+    """Whether all weights that this rank holds are finite; under ZeRO 3 these are a part of each."""
+    found = []
+    parameters: Iterator[Any] = model.parameters()  # to which ZeRO 3 gives attributes of its own
+    for parameter in parameters:
+        part = parameter.detach()
+        if hasattr(parameter, "ds_tensor"):
+            part = parameter.ds_tensor.detach().flatten()
+            part = part[: max(parameter.ds_numel - rank * part.numel(), 0)]  # the last part's end is padding
+        found.append(part.isfinite().all())
+    return bool(torch.stack(found).all())
 
 
 def memory_gib(device: torch.device) -> float:

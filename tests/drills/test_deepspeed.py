@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from launch.cli import main
 from pretrain.engine.checkpoint import step_folders, verify
 from pretrain.engine.tracking import read_metrics
-from tests.runs import ROOT, free_port, own_environment, run, tiny_pretraining
+from tests.runs import ROOT, free_port, own_environment, run, start, tiny_pretraining
 
 STEPS = 4
 
@@ -51,19 +51,19 @@ def assert_same_training(out: Path, alone: Path, norms: bool = True) -> None:
         assert (value - expected[name]).abs().max() < 1e-3, name
 
 
-def test_torchrun_with_zero2_trains_as_one_process_does(recipe, alone, tmp_path):
+@pytest.mark.parametrize(
+    ("launcher", "options"),
+    [
+        ("torch.distributed.run --nproc-per-node 2 --master-port", ["--deepspeed", "zero2"]),
+        ("accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port", []),
+    ],
+    ids=["torchrun-zero2", "accelerate-launch"],
+)
+def test_what_a_launcher_starts_trains_as_one_process_does(recipe, alone, tmp_path, launcher, options):
     out = tmp_path / "run"
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        str(free_port()),
-    ]
+    command = ["-m", "pretrain", *arguments(recipe, out, *options)]
     done = subprocess.run(
-        [*launcher, "-m", "pretrain", *arguments(recipe, out, "--deepspeed", "zero2")],
+        [sys.executable, "-m", *launcher.split(), str(free_port()), *command],
         cwd=ROOT,
         env=own_environment(),
         capture_output=True,
@@ -71,6 +71,23 @@ def test_torchrun_with_zero2_trains_as_one_process_does(recipe, alone, tmp_path)
         timeout=200,
     )
     assert done.returncode == 0, done.stderr
+    assert_same_training(out, alone)
+
+
+def test_the_tasks_of_srun_train_as_one_process_does(recipe, alone, tmp_path):
+    out = tmp_path / "run"
+    told = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_ID": "0"}
+    told |= {"SLURM_JOB_ID": str(free_port())}
+    ranks = [
+        start(
+            "pretrain",
+            arguments(recipe, out),
+            tmp_path,
+            environment=told | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    assert [rank.wait().code for rank in ranks] == [0, 0], ranks[0].text + ranks[1].text
     assert_same_training(out, alone)
 
 

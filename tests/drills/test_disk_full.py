@@ -1,4 +1,7 @@
-"""A disk that fills up while a checkpoint is written: one line, exit code 2, and everything before it whole."""
+"""A disk that fills up while a run is recorded: one line, exit code 2, and everything before it whole.
+
+The disk is one of its own where the tests may mount one; elsewhere a largest file size stands in for its end.
+"""
 
 import os
 import re
@@ -15,18 +18,41 @@ from tests.runs import Started, run, start, tiny_pretraining
 
 DISK_BYTES = 24 << 20
 ROOM_BYTES = 300 << 10  # for the record, not for a checkpoint
+SMALLEST_LIMIT_BYTES = 800  # for what a run says, not for its configuration
+
+
+class Disk:
+    """A small disk, or a folder whose files may not grow past a limit."""
+
+    def __init__(self, folder: Path) -> None:
+        """Mounts a small disk on the folder if that is allowed."""
+        self.folder = folder
+        self.limit_bytes = 0
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tubelet-drill", str(folder)]
+        self.is_mounted = not os.geteuid() and not subprocess.run(mount, capture_output=True).returncode
+
+    def fill(self, room_bytes: int) -> None:
+        """Leaves room for `room_bytes`."""
+        if self.is_mounted:
+            ballast = bytes(shutil.disk_usage(self.folder).free - room_bytes)
+            (self.folder / "ballast").write_bytes(ballast)
+        else:
+            self.limit_bytes = max(room_bytes, SMALLEST_LIMIT_BYTES)
+
+    def free(self) -> None:
+        """Makes all the room there was."""
+        (self.folder / "ballast").unlink(missing_ok=True)
+        self.limit_bytes = 0
 
 
 @pytest.fixture
-def disk(tmp_path) -> Iterator[Path]:
-    """A small disk of its own."""
+def disk(tmp_path) -> Iterator[Disk]:
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tubelet-drill", str(folder)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small disk takes root")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    disk = Disk(folder)
+    yield disk
+    if disk.is_mounted:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +65,6 @@ def arguments(recipe: Path, out: Path) -> list[object]:
     return ["--config", recipe, "--out", out, "--steps", 8, "--checkpoint.every", 4, *larger]
 
 
-def fill(disk: Path, room_bytes: int) -> Path:
-    ballast = disk / "ballast"
-    with open(ballast, "wb") as file:
-        file.write(bytes(shutil.disk_usage(disk).free - room_bytes))
-    return ballast
-
-
 def assert_told_in_one_line(full: Started, where: str) -> None:
     assert full.codes == [2] * len(full.codes), full.text
     said = [line for output in full.outputs for line in output.read_text().splitlines() if line.startswith("tubelet: ")]
@@ -56,7 +75,7 @@ def assert_told_in_one_line(full: Started, where: str) -> None:
 
 @pytest.mark.parametrize(("world", "options"), [(1, []), (2, ["--deepspeed", "zero2"])])
 def test_a_disk_that_fills_while_saving_costs_nothing_but_the_steps_since(recipe, disk, tmp_path, world, options):
-    reference, out = tmp_path / "reference", disk / "run"
+    reference, out = tmp_path / "reference", disk.folder / "run"
     if world == 1:  # that two processes resume to the bit is proved in test_resume.py
         assert run("pretrain", arguments(recipe, reference), tmp_path).code == 0
     going = start("pretrain", [*arguments(recipe, out), *options], tmp_path, world=world)
@@ -64,12 +83,12 @@ def test_a_disk_that_fills_while_saving_costs_nothing_but_the_steps_since(recipe
     going.kill()
     for path in step_folders(out / "checkpoints")[1:]:  # the kill may have come late
         shutil.rmtree(path)
-    ballast = fill(disk, ROOM_BYTES)
-    full = run("pretrain", [*arguments(recipe, out), *options], tmp_path, world=world)
+    disk.fill(ROOM_BYTES)
+    full = run("pretrain", [*arguments(recipe, out), *options], tmp_path, world=world, limit_bytes=disk.limit_bytes)
     assert_told_in_one_line(full, "step-00000008")
     assert find_checkpoint(out / "checkpoints", "auto").step == 4
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000004"]
-    ballast.unlink()
+    disk.free()
     last = run("pretrain", [*arguments(recipe, out), *options], tmp_path, world=world)
     assert last.code == 0, last.text
     assert "going on from step 4" in last.text
@@ -86,10 +105,31 @@ def test_a_largest_file_size_that_a_checkpoint_exceeds_is_told_in_one_line(recip
 
 
 def test_a_disk_that_is_full_from_the_start_is_told_in_one_line(recipe, disk, tmp_path):
-    out = disk / "run"
+    out = disk.folder / "run"
     out.mkdir()
-    fill(disk, 0)
-    full = run("pretrain", arguments(recipe, out), tmp_path)
+    disk.fill(0)
+    full = run("pretrain", arguments(recipe, out), tmp_path, limit_bytes=disk.limit_bytes)
     assert full.code == 2
     assert full.text.count("\n") == 1
     assert str(out) in full.text
+
+
+def test_a_disk_that_fills_while_two_ranks_log_ends_both_with_one_line(recipe, tmp_path):
+    out = tmp_path / "run"
+    often = ["--config", recipe, "--out", out, "--steps", 40, "--checkpoint.every", 40]
+    full = run("pretrain", often, tmp_path, world=2, limit_bytes=4 << 10)
+    assert_told_in_one_line(full, r"run/metrics\.jsonl")
+    entries = read_metrics(out / "metrics.jsonl")
+    assert (out / "metrics.jsonl").read_bytes().count(b"\n") == len(entries)
+    assert 5 < len(entries) < 40
+
+
+def test_an_encoder_that_cannot_be_exported_ends_both_ranks(recipe, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "encoder").write_text("in the way")
+    failed = run("pretrain", arguments(recipe, out), tmp_path, world=2)
+    assert failed.codes == [1, 1], failed.text
+    assert "FileExistsError" in failed.text
+    assert "Traceback" not in failed.outputs[1].read_text()
+    assert find_checkpoint(out / "checkpoints", "auto").step == 4

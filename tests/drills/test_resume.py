@@ -116,7 +116,7 @@ def test_a_run_killed_three_times_ends_with_the_very_weights_and_losses_of_one_t
 
 def test_a_finished_run_started_again_says_so_and_changes_nothing(finished, recipe, capsys):
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
-    assert main(["pretrain", *map(str, arguments(recipe, finished, "--steps", 12))]) == 0
+    assert main(["pretrain", *map(str, arguments(recipe, finished, "--steps", 12, "--log_every", 5))]) == 0
     assert "is finished: step 12 is done; give more --steps to go on" in capsys.readouterr().err
     changed = {path.name for path, content in before.items() if path.read_bytes() != content}
     assert changed <= {"outcome.json", "run.lock"}
@@ -167,7 +167,11 @@ def test_what_decides_the_samples_cannot_change_in_the_middle_of_a_run(finished,
         f"data.shards: is {here}, but .* was written with {there}",
         refusal(capsys, arguments(recipe, copy, *more, "--data.shards", other)),
     )
-    assert lines(copy) == lines(finished)
+    for option, value, was in (("encoder.heads", 4, 2), ("mask.ratio", 0.75, 0.5), ("decoder.depth", 2, 1)):
+        said = refusal(capsys, arguments(recipe, copy, *more, f"--{option}", value))
+        assert re.search(f"{option}: is {value}, but .* was written with {was}", said)
+    for name in ("metrics.jsonl", "config.yaml"):
+        assert (copy / name).read_bytes() == (finished / name).read_bytes()
     assert sorted(os.listdir(copy / "checkpoints")) == sorted(os.listdir(finished / "checkpoints"))
 
 
@@ -175,6 +179,20 @@ def test_never_resuming_refuses_a_folder_that_holds_checkpoints(copy, recipe, ca
     said = refusal(capsys, arguments(recipe, copy, "--resume", "never"))
     assert "holds checkpoints, and --resume never would bury them; give another --out" in said
     assert lines(copy) == 12
+
+
+def test_a_run_that_was_begun_afresh_or_from_another_goes_on_by_the_command_that_began_it(
+    finished, recipe, tmp_path, capsys
+):
+    origin = finished / "checkpoints" / "step-00000010"
+    for resume in ("never", origin):
+        out = tmp_path / str(resume).rsplit("/", 1)[-1]
+        command = arguments(recipe, out, "--resume", resume)
+        assert main(["pretrain", *map(str, command), "--steps", "11"]) == 0
+        capsys.readouterr()
+        assert main(["pretrain", *map(str, command), "--steps", "13"]) == 0
+        assert "going on from step 11" in capsys.readouterr().err
+        assert [entry[0] for entry in record(out)] == list(range(1 if resume == "never" else 11, 14))
 
 
 def test_a_named_older_checkpoint_is_refused_while_newer_ones_stand_beside_it(copy, recipe, capsys):

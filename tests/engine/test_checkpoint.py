@@ -1,13 +1,23 @@
 """Saving and loading checkpoints: committed by a rename, pruned afterwards, and only by the run's owner."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from pretrain.engine.checkpoint import CheckpointConfig, Checkpoints, find_checkpoint, step_folders, verify
+from pretrain.commandline import find_recipe
+from pretrain.engine.checkpoint import (
+    CheckpointConfig,
+    Checkpoints,
+    beginning,
+    engine_kind,
+    find_checkpoint,
+    step_folders,
+    verify,
+)
 from pretrain.engine.distributed import Processes
 from pretrain.engine.ownership import RunLock
 from pretrain.errors import Refused, StoppedByRule, TubeletError
@@ -21,11 +31,14 @@ def processes():
         yield opened
 
 
-def trained(processes: Processes, seed: int, width: int = 3) -> tuple[nn.Module, torch.optim.Optimizer]:
+def trained(
+    processes: Processes, seed: int, width: int = 3, **options: object
+) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(seed)
     model = nn.Linear(width, 2)
-    model, optimizer = processes.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1))
-    model(torch.ones(1, width)).sum().backward()
+    optimizer = torch.optim.AdamW(model.parameters(), **{"lr": 0.1} | options)
+    model, optimizer = processes.prepare(model, optimizer)
+    processes.accelerator.backward(model(torch.ones(1, width)).sum())
     optimizer.step()
     return model, optimizer
 
@@ -109,6 +122,72 @@ def test_another_model_or_another_format_is_refused(tmp_path, processes):
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 99}))
     with pytest.raises(Refused, match="has format 99, this Tubelet reads 1"):
         verify(saved.folder)
+
+
+def names(checkpoints: Checkpoints) -> list[str]:
+    return [folder.name for folder in step_folders(checkpoints.folder)]
+
+
+def test_a_damaged_older_checkpoint_does_not_count_among_those_that_stay(tmp_path, processes):
+    written = opened(tmp_path, processes, keep_last=3)
+    for step in (5, 10, 15):
+        written.save(step, *trained(processes, seed=step), STATE)
+    (written.folder / "step-00000010" / "optimizer.pt").write_bytes(b"torn")
+    later = Checkpoints(written.folder, processes, written.lock, keep_last=3)
+    later.save(20, *trained(processes, seed=20), STATE)
+    assert names(later) == ["step-00000005", "step-00000010", "step-00000015", "step-00000020"]
+    later.save(25, *trained(processes, seed=25), STATE)
+    assert names(later) == ["step-00000015", "step-00000020", "step-00000025"]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_costs_one_warning(tmp_path, processes, caplog):
+    checkpoints = opened(tmp_path, processes, keep_last=1)
+    (tmp_path / "elsewhere").mkdir()
+    checkpoints.folder.joinpath("step-00000001").symlink_to(tmp_path / "elsewhere")  # which rmtree does not touch
+    with caplog.at_level(logging.WARNING, "pretrain"):
+        checkpoints.save(5, *trained(processes, seed=0), STATE)
+    assert "step-00000001 cannot be removed now" in caplog.text
+    assert find_checkpoint(checkpoints.folder, "auto").step == 5
+
+
+def test_a_device_without_memory_is_not_taken_for_another_model(tmp_path, processes):
+    class Full(nn.Linear):
+        def load_state_dict(self, *arguments, **options):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    checkpoints = opened(tmp_path, processes)
+    checkpoints.save(5, *trained(processes, seed=0), STATE)
+    model = Full(3, 2)
+    with pytest.raises(torch.OutOfMemoryError):
+        checkpoints.load(find_checkpoint(checkpoints.folder, "auto"), model, torch.optim.AdamW(model.parameters()))
+
+
+@pytest.mark.parametrize("deepspeed", [None, "zero0", "zero2", "zero3"])
+def test_what_the_configuration_says_of_the_optimiser_holds_after_loading(tmp_path, deepspeed):
+    for number, decay in enumerate((0.1, 0.3)):
+        file = find_recipe(deepspeed, "deepspeed", ".json") if deepspeed else None
+        with Processes(deepspeed=file) as processes:
+            state = STATE | {"engine": engine_kind(processes)}
+            options = {"weight_decay": decay, "betas": (0.5 + decay, 0.9), "eps": decay}
+            model, optimizer = trained(processes, seed=number, **options)
+            checkpoints = opened(tmp_path, processes)
+            if number == 0:
+                checkpoints.save(5, model, optimizer, state)
+                checkpoints.lock.release()
+                continue
+            checkpoints.load(find_checkpoint(checkpoints.folder, "auto"), model, optimizer)
+            assert {name: optimizer.param_groups[0][name] for name in options} == options
+
+
+@pytest.mark.parametrize("resume", ["never", "/elsewhere/step-00000003"])
+def test_a_run_goes_on_when_it_is_started_again_by_the_command_that_began_it(tmp_path, processes, resume):
+    checkpoints = opened(tmp_path, processes)
+    checkpoints.save(5, *trained(processes, seed=0), STATE | {"begun": beginning(resume)})
+    assert find_checkpoint(checkpoints.folder, resume).step == 5
+    assert find_checkpoint(checkpoints.folder, "auto").step == 5
+    checkpoints.save(10, *trained(processes, seed=0), STATE | {"begun": "auto"})
+    with pytest.raises(Refused):
+        find_checkpoint(checkpoints.folder, resume)
 
 
 @pytest.mark.parametrize("changes", [{"every": 0}, {"keep_last": 0}])

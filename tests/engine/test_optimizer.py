@@ -92,6 +92,8 @@ def test_matrices_decay_and_biases_norms_and_tokens_do_not(name, layer_decay):
         ({"betas": (0.9, 1.0)}, "optimizer.betas"),
         ({"layer_decay": 1.5}, "optimizer.layer_decay"),
         ({"clip_grad": 0.0}, "optimizer.clip_grad"),
+        ({"clip_grad": float("nan")}, "optimizer.clip_grad"),
+        ({"clip_grad": float("inf")}, "optimizer.clip_grad"),
         ({"warmup_steps": -1}, "optimizer.warmup_steps"),
         ({"base_lr": float("nan")}, "optimizer.base_lr"),
     ],

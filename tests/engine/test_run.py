@@ -5,6 +5,7 @@ import json
 import os
 
 import pytest
+import torch
 
 from pretrain.engine.distributed import Processes
 from pretrain.engine.run import open_run
@@ -18,8 +19,14 @@ def processes():
         yield opened
 
 
-def opened(out, processes, identity=None, resume="auto"):
-    return open_run(str(out), processes, "pretrain", {}, "seed: 0\n", resume, "none", identity or {"seed": 0}, 2)
+def opened(out, processes, identity=None, resume="auto", stage="pretrain"):
+    identity = identity or {"seed": 0}
+    return open_run(str(out), processes, stage, {"seed": 0}, "seed: 0\n", resume, "none", identity, 2)
+
+
+def save(run, step: int) -> None:
+    model = torch.nn.Linear(2, 2)
+    run.checkpoints.save(step, model, torch.optim.AdamW(model.parameters()), run.state)
 
 
 def outcome(out) -> dict:
@@ -28,6 +35,7 @@ def outcome(out) -> dict:
 
 def test_an_open_run_is_owned_and_a_closed_one_is_free_and_tells_its_outcome(tmp_path, processes):
     with opened(tmp_path, processes) as run:
+        run.begin()
         assert not (tmp_path / "outcome.json").exists()
         assert (tmp_path / "config.yaml").read_text() == "seed: 0\n"
         assert run.first_step == 0
@@ -77,9 +85,65 @@ def test_an_owner_that_lost_the_run_leaves_the_new_owners_outcome_alone(tmp_path
 def test_a_fresh_start_empties_the_records_of_an_attempt_that_saved_nothing(tmp_path, processes):
     for name in ("metrics.jsonl", "skipped.jsonl"):
         append_json_lines(tmp_path / name, [{"step": 1, "key": "a"}, {"step": 2, "key": "b"}])
-    with opened(tmp_path, processes):
+    with opened(tmp_path, processes) as run:
+        run.begin()
         assert (tmp_path / "metrics.jsonl").read_text() == ""
         assert (tmp_path / "skipped.jsonl").read_text() == ""
+
+
+def test_a_start_that_ends_before_it_begins_leaves_the_record_alone(tmp_path, processes):
+    with opened(tmp_path, processes) as run:
+        run.begin()
+        save(run, 1)
+    (tmp_path / "config.yaml").write_text("as it was\n")
+    append_json_lines(tmp_path / "metrics.jsonl", [{"step": 1}, {"step": 2}])
+    before = {name: (tmp_path / name).read_bytes() for name in ("config.yaml", "metrics.jsonl", "outcome.json")}
+    with opened(tmp_path, processes):
+        assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    with pytest.raises(Refused, match=r"seed: is 1, but .*step-00000001 was written with 0"):
+        opened(tmp_path, processes, {"seed": 1}).__enter__()
+    with pytest.raises(Refused, match="was written by pretrain, not by finetune"):
+        opened(tmp_path, processes, stage="finetune").__enter__()
+    assert [(tmp_path / name).read_bytes() for name in ("config.yaml", "metrics.jsonl")] == [
+        before["config.yaml"],
+        before["metrics.jsonl"],
+    ]
+
+
+def test_a_checkpoint_keeps_the_configuration_that_it_was_written_with(tmp_path, processes):
+    with opened(tmp_path, processes) as run:
+        save(run, 1)
+    with opened(tmp_path, processes) as run:
+        assert run.saved.state["config"] == {"seed": 0}
+
+
+def test_a_run_forked_into_another_folder_is_a_run_of_its_own_from_its_first_checkpoint_on(tmp_path, processes):
+    with opened(tmp_path / "first", processes) as run:
+        run.state["run_id"] = "abcdefgh"
+        save(run, 3)
+    origin = str(tmp_path / "first" / "checkpoints" / "step-00000003")
+    with opened(tmp_path / "fork", processes, resume=origin) as run:
+        assert (run.first_step, run.state["run_id"]) == (3, None)
+        run.state["run_id"] = "ijklmnop"
+        save(run, 5)
+    for resume in (origin, "auto", origin):
+        with opened(tmp_path / "fork", processes, resume=resume) as run:
+            assert (run.first_step, run.state["run_id"]) == (run.saved.step, "ijklmnop")
+            assert run.first_step >= 5
+            save(run, run.first_step + 1)
+    with opened(tmp_path / "first", processes) as run:
+        assert (run.first_step, run.state["run_id"]) == (3, "abcdefgh")
+
+
+def test_what_killed_attempts_left_half_written_is_removed_and_nothing_else(tmp_path, processes):
+    left = [tmp_path / name for name in ("metrics.jsonl.tmp-7", "encoder/model.safetensors.tmp-7", "model/a.tmp-7")]
+    kept = [tmp_path / name for name in ("notes.txt", "encoder/config.json")]
+    for path in left + kept:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("half")
+    with opened(tmp_path, processes):
+        assert not any(path.exists() for path in left)
+        assert all(path.exists() for path in kept)
 
 
 def test_a_folder_that_cannot_be_made_is_refused_by_name(tmp_path, processes):

@@ -1,5 +1,6 @@
-"""Rules that stop a run: a loss that is not finite, too many samples that cannot be decoded."""
+"""Rules that stop a run: a loss or weights that are not finite, too many samples that cannot be decoded."""
 
+import itertools
 import json
 import re
 import shutil
@@ -9,12 +10,17 @@ import pytest
 import torch
 
 from launch.cli import main
-from pretrain.data.loader import MicroBatches
+from pretrain.commandline import find_recipe
+from pretrain.data.loader import Batch, MicroBatches
 from pretrain.data.order import Order
 from pretrain.data.shards import ShardSet
-from pretrain.engine.checkpoint import find_checkpoint
-from pretrain.engine.tracking import read_metrics
-from pretrain.engine.trainer import seed_draws
+from pretrain.engine.checkpoint import Checkpoints, engine_kind, find_checkpoint
+from pretrain.engine.distributed import Processes
+from pretrain.engine.optimizer import OptimizerConfig, build_schedule
+from pretrain.engine.ownership import RunLock
+from pretrain.engine.tracking import Tracker, read_metrics
+from pretrain.engine.trainer import Plan, Trainer, seed_draws, weights_are_finite
+from pretrain.errors import DiskFull, StoppedByRule
 from tests.runs import run, tiny_pretraining
 
 ABSURD = ["--optimizer.base_lr", "1e30", "--optimizer.warmup_steps", "0", "--steps", "6", "--checkpoint.every", "1"]
@@ -84,6 +90,89 @@ def test_too_many_samples_that_cannot_be_decoded_stop_the_run_and_are_listed(rec
     assert int(found[2]) == 4 * skipped[-1]["step"]
     assert {entry["key"] for entry in skipped} <= {shards.key(number) for number in bad}
     assert all("its checksum differs" in entry["reason"] for entry in skipped)
+
+
+def trainer_of(out: Path, processes: Processes, objective, checkpoint_every: int = 1) -> Trainer:
+    """A trainer of one small layer for three steps."""
+    plan = Plan(
+        first_step=0,
+        samples_padded=0,
+        steps=3,
+        accumulation=1,
+        samples_per_step=1,
+        repeats=1,
+        seed=0,
+        clip_grad=None,
+        log_every=1,
+        checkpoint_every=checkpoint_every,
+        validate_every=0,
+        max_bad_share=1.0,
+    )
+    layer = torch.nn.Linear(2, 2)
+    model, optimizer = processes.prepare(layer, torch.optim.AdamW(layer.parameters()))
+    schedule = build_schedule(optimizer, OptimizerConfig(), 1, 0, plan.steps)
+    checkpoints = Checkpoints(out / "checkpoints", processes, RunLock(out), 2)
+    tracker = Tracker(out, "none", {}, "pretrain")
+    state = {"engine": engine_kind(processes)}
+    return Trainer(
+        plan, processes, model, optimizer, schedule, objective, checkpoints, tracker, out / "skipped.jsonl", state
+    )
+
+
+def batches(skipped: list[dict]) -> list[Batch]:
+    return [Batch(*[torch.zeros(1, 2)] * 4, keys=["a"], padded=0, skipped=skipped)] * 3
+
+
+def test_weights_that_the_last_backward_pass_broke_are_never_saved_though_no_loss_shows_it_yet(tmp_path):
+    calls = itertools.count(1)
+
+    def objective(model, batch):
+        loss = model(batch.clips).square().sum()
+        return (loss * 0).sqrt() if next(calls) == 2 else loss  # 0, with a gradient that is not a number
+
+    with Processes() as processes:
+        trainer = trainer_of(tmp_path, processes, objective)
+        with pytest.raises(StoppedByRule, match="the weights after step 2 are not finite on 1 of 1 ranks; checkpoints"):
+            trainer.train(batches([]), "test")
+    assert find_checkpoint(tmp_path / "checkpoints", "auto").step == 1
+    assert [entry["loss"] for entry in read_metrics(tmp_path / "metrics.jsonl")][1] == 0.0
+
+
+def test_the_part_of_a_weight_that_zero_3_leaves_on_a_rank_is_looked_at_without_its_padding():
+    with Processes(deepspeed=find_recipe("zero3", "deepspeed", ".json")) as processes:
+        layer = torch.nn.Linear(3, 1)
+        model, _ = processes.prepare(layer, torch.optim.AdamW(layer.parameters()))
+        assert weights_are_finite(model, rank=0)
+        part = next(iter(model.parameters())).ds_tensor
+        part.data[-1] = torch.nan
+        assert not weights_are_finite(model, rank=0)
+        assert weights_are_finite(model, rank=1)  # to whom all of this part would be padding
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "skipped.jsonl"])
+def test_a_disk_that_is_full_for_the_record_ends_the_run_before_the_next_checkpoint(tmp_path, name):
+    with Processes() as processes:
+        trainer = trainer_of(tmp_path, processes, lambda model, batch: model(batch.clips).sum(), checkpoint_every=3)
+        (tmp_path / name).symlink_to("/dev/full")
+        with pytest.raises((DiskFull, OSError), match=r"[Nn]o space left"):
+            trainer.train(batches([{"key": "a", "reason": "bad"}]), "test")
+    assert find_checkpoint(tmp_path / "checkpoints", "auto") is None
+
+
+def test_samples_padded_are_counted_over_the_whole_run_whatever_is_logged_and_wherever_it_resumed(
+    recipe, packed_shards, tmp_path
+):
+    shards = ShardSet.open(packed_shards)
+    order = Order(shards.samples_per_shard, seed=0, lanes=2, shards_per_window=2, global_batch=4)
+    lengths = [frames for shard in range(len(shards.shards)) for frames in shards.shard_index(shard).frames]
+    short = [sum(lengths[sample] < 16 for sample in order.step(step).samples) for step in range(6)]
+    command = ["pretrain", "--config", str(recipe), "--out", str(tmp_path / "run"), "--data.clip.stride", "5"]
+    options = ["--optimizer.warmup_steps", "0", "--log_every", "2", "--checkpoint.every", "1"]
+    for steps in ("3", "6"):
+        assert main([*command, *options, "--steps", steps]) == 0
+    expected = [(step, sum(short[:step])) for step in (2, 3, 4, 6)]
+    assert [(entry["step"], entry["padded"]) for entry in read_metrics(tmp_path / "run" / "metrics.jsonl")] == expected
+    assert expected[-1][1] > max(short)
 
 
 def test_the_draws_of_a_micro_batch_depend_on_nothing_but_its_place_in_the_run():
