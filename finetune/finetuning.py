@@ -43,6 +43,7 @@ from pretrain.stage import (
     start_processes,
     summarise,
     train,
+    validate,
 )
 from pretrain.weights import (
     configs_from,
@@ -80,7 +81,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         Refused: The configuration, the shards, the encoder or the run's checkpoints do not fit; nothing was started.
         StoppedByRule: The run was stopped; its checkpoints are whole.
     """
-    config.validate()
+    validate(config)
     shards, held_out = open_labelled_sets(config)
     start = starting_point(config)
     order = order_of(config, shards)
@@ -118,8 +119,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         evaluation = evaluate_finally(model, held_out, config, description, run) if held_out else None
         if evaluation:
             summary |= evaluation.figures
-        if processes.is_main:
-            write_finetuning_report(run.out, summary, evaluation, shards.classes)
+        processes.on_main_only(lambda: write_finetuning_report(run.out, summary, evaluation, shards.classes))
         run.finish(summary)
         return summary
 
@@ -246,16 +246,15 @@ def evaluate_finally(
         max(config.data.micro_batch // (config.views.temporal * config.views.spatial), 1),
         config.data.workers,
     )
-    if run.processes.is_main:
-        write_json(run.out / "evaluation.json", evaluation.figures | circumstances(held_out, config.views))
+    content = evaluation.figures | circumstances(held_out, config.views)
+    run.processes.on_main_only(lambda: write_json(run.out / "evaluation.json", content))
     return evaluation
 
 
 def export_classifier(description: ModelDescription, run: Run, model: nn.Module) -> None:
     """Writes the classifier to the run's folder; every rank calls it, since ZeRO 3 gathers the weights."""
     weights = run.processes.accelerator.get_state_dict(model)
-    if run.processes.is_main:
-        save_classifier(run.out / "model", weights, description)
+    run.processes.on_main_only(lambda: save_classifier(run.out / "model", weights, description))
 
 
 def write_finetuning_report(

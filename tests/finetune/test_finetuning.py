@@ -1,12 +1,14 @@
 """Finetuning runs: they start from an encoder, go on exactly, and refuse what does not fit."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from timm.data import Mixup
 
 from finetune.config import FinetuneConfig, MixingConfig
@@ -67,6 +69,20 @@ def test_the_loss_is_computed_in_full_precision_whatever_the_model_returns(mixin
     logits = torch.tensor([[8.0, 1.0, 0.0], [0.5, 9.0, 2.0]], dtype=torch.bfloat16)
     objective = build_objective(mixing, ClipConfig(), classes=3)
     assert objective(lambda clips: logits, Batch(clips, torch.tensor([0, 1]), *[None] * 5)).dtype == torch.float32
+
+
+def test_a_run_goes_on_from_its_own_encoder_and_with_its_own_head_only(
+    finetuned, finetuning, pretrained, tmp_path, capsys
+):
+    out = Path(shutil.copytree(finetuned, tmp_path / "run"))
+    more = [*finetuning, "--out", str(out), "--steps", "8"]
+    said = refusal(capsys, [*more, "--head.pool", "mean"])
+    assert re.search("head.pool: is mean, but .*step-00000006 was written with class_token", said)
+    other = Path(shutil.copytree(pretrained / "encoder", tmp_path / "encoder"))
+    weights = load_file(other / "model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, other / "model.safetensors")
+    said = refusal(capsys, [*more, "--encoder", str(other)])
+    assert re.search("encoder: is [0-9a-f]{64}, but .*step-00000006 was written with [0-9a-f]{64}", said)
 
 
 def test_a_step_draws_the_same_mixture_whatever_was_drawn_before():
