@@ -15,6 +15,7 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 
 from finetune.classifier import load
 from finetune.config import ViewsConfig
+from pretrain.commandline import met_by_every_rank
 from pretrain.data.clips import ClipConfig
 from pretrain.data.loader import EvaluationViews, evaluation_batches
 from pretrain.data.order import evaluation_slice
@@ -92,7 +93,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         StoppedByRule: The model returns logits that are not finite.
         DiskFull: There is no space left for what was found.
     """
-    config.validate()
+    with met_by_every_rank():
+        config.validate()
     model, description = load(config.model)
     shards = open_shards("shards", config.shards, description.clip)
     check_classes(shards, description.classes)

@@ -27,7 +27,7 @@ from pretrain.data.clips import ClipConfig
 from pretrain.data.loader import Batch, TrainingClips
 from pretrain.data.shards import ShardSet
 from pretrain.engine.run import Run
-from pretrain.engine.tracking import read_metrics
+from pretrain.engine.tracking import METRICS, read_metrics
 from pretrain.engine.trainer import Objective
 from pretrain.files import sha256_of_file, write_json
 from pretrain.model.encoder import EncoderConfig
@@ -268,7 +268,7 @@ def write_finetuning_report(
         summary=f"{len(classes)} classes, {summary['steps']} steps.",
         headline=[(f"{100 * summary[name]:.1f} %", label) for name, label in figures],
         sections=[
-            Section("Curves", parts=curve_figures(read_metrics(out / "metrics.jsonl"))),
+            Section("Curves", parts=curve_figures(read_metrics(out / METRICS))),
             *(evaluation_sections(evaluation, classes) if evaluation else []),
         ],
         facts={"command line": f"tubelet finetune --config {out / 'config.yaml'}"},

@@ -4,16 +4,18 @@ A file goes the way of the training videos: transcoded as packing does, decoded,
 """
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from finetune.classifier import load
+from finetune.classifier import ModelDescription, load
 from finetune.config import ViewsConfig
 from pretrain.data.loader import views_of
 from pretrain.data.shards import Sample
 from pretrain.data.transcode import transcode
-from pretrain.errors import BadSample, Refused
+from pretrain.errors import BadSample, StoppedByRule
 
 TOP = 5
 GOP = 16
@@ -25,42 +27,54 @@ class Prediction:
 
     Attributes:
         file: The file.
-        classes: (name, probability) of the most probable classes, best first.
+        classes: (name, probability) of the most probable classes, best first; none where there is an error.
+        error: Why the file has no classes, with the remedy, or None.
     """
 
     file: str
     classes: list[tuple[str, float]]
+    error: str | None = None
 
 
-def predict(model_folder: str, files: list[str], views: ViewsConfig | None = None) -> list[Prediction]:
-    """Predicts the classes of video files.
+def predict(model_folder: str, files: list[str], views: ViewsConfig | None = None) -> Iterator[Prediction]:
+    """Predicts the classes of video files, one after the other.
+
+    Args:
+        model_folder: Model folder or finetuning run.
+        files: Video files.
+        views: Views of each video; by default three time windows.
+
+    Yields:
+        The prediction for each file in turn; one for a file that cannot be read says so, and the next ones go on.
 
     Raises:
-        Refused: The model cannot be read, or a file is missing or cannot be decoded.
+        Refused: The model cannot be read.
+        StoppedByRule: The model returns logits that are not finite.
     """
     model, description = load(model_folder)
     views = views or ViewsConfig(temporal=3)
     for file in files:
-        if not Path(file).is_file():
-            raise Refused(f"{file}: no such file; give video files")
-    predictions = []
-    for file in files:
         try:
-            stored = transcode(file, short_side=description.short_side, gop=GOP, frame_rate=description.frame_rate)
-            sample = Sample(Path(file).stem, stored.video, None, stored.frames, stored.frame_rate, {})
-            clips = views_of(sample, description.clip, views.temporal, views.spatial)
+            clips = clips_of(file, description, views)
         except BadSample as error:
-            raise Refused(f"{file}: cannot be decoded ({error}); give a video that plays") from None
+            yield Prediction(file, [], str(error))
+            continue
         with torch.no_grad():
-            probabilities = model(clips).float().mean(0).softmax(0)
-        best = probabilities.topk(min(TOP, len(description.classes)))
-        predictions.append(
-            Prediction(
-                file,
-                [
-                    (description.classes[number], share)
-                    for share, number in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-                ],
-            )
-        )
-    return predictions
+            logits = model(clips).float().mean(0)
+        if not logits.isfinite().all():
+            raise StoppedByRule(f"{file}: the logits of {model_folder} are not finite; finetune again")
+        best = logits.softmax(0).topk(min(TOP, len(description.classes)))
+        names = [description.classes[number] for number in best.indices.tolist()]
+        yield Prediction(file, list(zip(names, best.values.tolist(), strict=True)))
+
+
+def clips_of(file: str, description: ModelDescription, views: ViewsConfig) -> Tensor:
+    """Returns the views of a video file, `(views, T, H, W, C)`; raises `BadSample` with the remedy if it has none."""
+    if not Path(file).is_file():
+        raise BadSample("no such file; give video files")
+    try:
+        stored = transcode(file, short_side=description.short_side, gop=GOP, frame_rate=description.frame_rate)
+        sample = Sample(Path(file).stem, stored.video, None, stored.frames, stored.frame_rate, {})
+        return views_of(sample, description.clip, views.temporal, views.spatial)
+    except BadSample as error:
+        raise BadSample(f"cannot be decoded ({error}); give a video that plays") from None

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from pretrain.errors import Refused
+from pretrain.errors import EXIT_FAILED, EXIT_REFUSED, Refused
 
 USAGE = """tubelet COMMAND ...
 
@@ -74,18 +74,22 @@ def _pack(arguments: list[str]) -> int:
 
 
 def _evaluate(arguments: list[str]) -> int:
-    from pretrain.commandline import parse_plain, run_command
+    from pretrain.commandline import met_by_every_rank, parse_plain, run_command
+    from pretrain.engine.distributed import launched_rank
     from pretrain.engine.progress import set_up_logging
 
     def command() -> None:
         from finetune.evaluate import EvaluateConfig, evaluate
 
-        config = parse_plain(EvaluateConfig, "evaluate", arguments)
+        with met_by_every_rank():
+            config = parse_plain(EvaluateConfig, "evaluate", arguments)
         figures = evaluate(config).figures
+        if launched_rank():
+            return
         for name, value in figures.items():
             print(f"{name:22s}{100 * value:6.2f} %" if isinstance(value, float) else f"{name:22s}{value:6d}")
 
-    set_up_logging()
+    set_up_logging(main_process=launched_rank() == 0)
     return run_command(command)
 
 
@@ -95,17 +99,24 @@ def _predict(arguments: list[str]) -> int:
     parser = _PredictParser(prog="tubelet predict", allow_abbrev=False)
     parser.add_argument("files", nargs="+", metavar="FILE", help="video files")
     parser.add_argument("--model", required=True, help="model folder or finetuning run")
+    predicted: list[bool] = []
 
     def command() -> None:
         parsed = parser.parse_args(arguments)
         from finetune.predict import predict
 
         for prediction in predict(parsed.model, parsed.files):
-            print(prediction.file)
-            for name, probability in prediction.classes:
-                print(f"  {100 * probability:5.1f} %  {name}")
+            predicted.append(prediction.error is None)
+            if prediction.error:
+                print(f"tubelet: {prediction.file}: {' '.join(prediction.error.split())}", file=sys.stderr)
+                continue
+            shares = [f"\n  {100 * probability:5.1f} %  {name}" for name, probability in prediction.classes]
+            print(prediction.file + "".join(shares), flush=True)
 
-    return run_command(command)
+    code = run_command(command)
+    if code or all(predicted):
+        return code
+    return EXIT_FAILED if any(predicted) else EXIT_REFUSED
 
 
 def _demo(arguments: list[str]) -> int:

@@ -7,16 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from finetune.classifier import load
 from finetune.config import ViewsConfig
-from finetune.evaluate import evaluate_on, figures_of
+from finetune.evaluate import VideoLogits, evaluate_on, evaluation_sections, figures_of
 from launch.cli import main
 from pretrain.data.loader import EvaluationViews
 from pretrain.data.order import evaluation_slice
 from pretrain.data.shards import ShardSet
 from pretrain.engine.distributed import Processes
+from pretrain.errors import StoppedByRule
 from tests.runs import run
 
 
@@ -34,8 +36,9 @@ def test_two_processes_find_what_one_finds(finetuned, packed_shards, tmp_path):
     command = ["evaluate", "--model", finetuned, "--shards", packed_shards, *views]
     one, two = tmp_path / "one", tmp_path / "two"
     assert main([str(part) for part in [*command, "--out", one, "--workers", 0]]) == 0
-    started = run("launch", [*command, "--out", two, "--workers", 0, "--batch", 2], tmp_path, world=2)
+    started = run("launch", [*command, "--out", two, "--workers", 0, "--micro-batch", 2], tmp_path, world=2)
     assert started.codes == [0, 0], started.text
+    assert ["top1" in output.read_text() for output in started.outputs] == [True, False], "rank 0 speaks for all"
     ours, theirs = (
         [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()] for out in (two, one)
     )
@@ -58,7 +61,15 @@ def test_the_logits_of_a_videos_views_are_averaged(finetuned, packed_shards):
     views = ViewsConfig(temporal=2, spatial=3)
     with Processes() as processes:
         found = evaluate_on(
-            Brightness(), shards, description.clip, description.classes, views, processes, batch=4, workers=0
+            Brightness(),
+            shards,
+            np.arange(shards.samples),
+            description.clip,
+            description.classes,
+            views,
+            processes,
+            micro_batch=4,
+            workers=0,
         )
     cutter = EvaluationViews(shards, description.clip, 2, 3)
     for number, entry in enumerate(found.predictions):
@@ -80,6 +91,9 @@ def test_a_video_that_cannot_be_decoded_is_listed_and_counted_as_wrong(finetuned
     assert main(command) == 0
     figures = json.loads((out / "evaluation.json").read_text())
     assert (figures["samples"], figures["errors"]) == (11, 1)
+    assert (figures["model"], figures["shards"]) == (str(finetuned), str(folder))
+    assert figures["fingerprint"] == shards.fingerprint
+    assert figures["views"] == {"temporal": 1, "spatial": 1}
     predictions = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
     (broken,) = [entry for entry in predictions if "error" in entry]
     assert broken["key"] == shards.key(1)
@@ -88,16 +102,62 @@ def test_a_video_that_cannot_be_decoded_is_listed_and_counted_as_wrong(finetuned
     assert figures["top1"] == pytest.approx(right / 11)
 
 
-def test_errors_count_as_wrong_in_every_figure():
-    def one(label: int, predicted: int) -> tuple:
-        return "key", label, np.eye(3, dtype=np.float32)[predicted], None
+def logits_of(label: int, predicted: int) -> VideoLogits:
+    return VideoLogits("key", label, np.eye(3, dtype=np.float32)[predicted], None)
 
-    results = [one(0, 0), one(0, 0), one(1, 1), one(1, 0), ("broken", 0, None, "cut short")]
-    found = figures_of(results, ("a", "b", "c"))
+
+def test_errors_count_as_wrong_in_every_figure():
+    seen = [
+        logits_of(0, 0),
+        logits_of(0, 0),
+        logits_of(1, 1),
+        logits_of(1, 0),
+        VideoLogits("broken", 0, None, "cut short"),
+    ]
+    found = figures_of(seen, ("a", "b", "c"))
     assert found.figures["top1"] == pytest.approx(3 / 5)
     assert found.figures["top5"] == pytest.approx(4 / 5)
     assert found.figures["mean_class_accuracy"] == pytest.approx((2 / 3 + 1 / 2) / 2)
     assert (found.figures["samples"], found.figures["errors"]) == (5, 1)
     assert found.confusion.tolist() == [[2, 0, 0], [1, 1, 0], [0, 0, 0]]
-    nothing = figures_of([("broken", 0, None, "cut short")], ("a", "b"))
+    nothing = figures_of([VideoLogits("broken", 0, None, "cut short")], ("a", "b"))
     assert nothing.figures["top1"] == nothing.figures["mean_class_accuracy"] == 0
+
+
+def test_the_table_of_classes_counts_the_videos_that_could_not_be_decoded():
+    seen = [logits_of(0, 0), logits_of(0, 0), *[VideoLogits("broken", 0, None, "cut short")] * 2, logits_of(1, 0)]
+    _, classes = evaluation_sections(figures_of(seen, ("a", "b", "c")), ("a", "b", "c"))
+    assert classes.parts[0].rows == [("a", 4, "50.0 %"), ("b", 1, "0.0 %"), ("c", 0, "-")]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_stop_the_evaluation_and_name_the_video(bad):
+    broken = VideoLogits("run-7", 0, np.array([bad, 0, 0], dtype=np.float32), None)
+    with pytest.raises(StoppedByRule, match=r"^run-7: the model's logits are not finite \(1 of 2 such videos\)"):
+        figures_of([logits_of(1, 1), broken], ("a", "b", "c"))
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_evaluation(finetuned, packed_shards, tmp_path, capsys):
+    model = Path(shutil.copytree(finetuned / "model", tmp_path / "model"))
+    weights = load_file(model / "model.safetensors")
+    save_file({name: value * float("nan") for name, value in weights.items()}, model / "model.safetensors")
+    command = ["evaluate", "--model", str(model), "--shards", str(packed_shards), "--workers", "0", "--out"]
+    (tmp_path / "file").touch()
+    for out, code, message in (
+        (tmp_path / "file" / "folder", 2, f"tubelet: {tmp_path / 'file' / 'folder'}: cannot be written (Not a direc"),
+        (tmp_path / "out", 3, "the model's logits are not finite (11 of 11 such videos)"),
+    ):
+        capsys.readouterr()
+        assert main([*command, str(out)]) == code
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert message in said
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_stride_means_nothing_on_resampled_shards(finetuned, packed_shards, tmp_path, capsys):
+    shards = tmp_path / "shards"
+    assert main(["pack", str(packed_shards.parent / "videos"), str(shards), "--fps", "6", "--jobs", "1"]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", "--model", str(finetuned), "--shards", str(shards)]) == 2
+    assert f"data.clip.stride: shards {shards} was packed with --fps" in capsys.readouterr().err

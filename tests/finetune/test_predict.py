@@ -1,9 +1,10 @@
-"""Prediction: five classes of a video file, and a file that does not play refused by name."""
+"""Prediction: five classes of each video file, and a file that does not play named while the others are predicted."""
 
 import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from finetune.predict import predict
 from launch.cli import main
@@ -17,6 +18,7 @@ def test_the_most_probable_classes_are_printed_best_first(finetuned, tmp_path, c
     assert [line for line in lines if not line.startswith(" ")] == videos
     assert len(lines) == 2 * (1 + 2)
     for found in predict(str(finetuned), videos):
+        assert found.error is None
         shares = [share for _, share in found.classes]
         assert shares == sorted(shares, reverse=True)
         assert sum(shares) == pytest.approx(1, abs=1e-5)
@@ -34,6 +36,38 @@ def test_a_file_that_does_not_play_is_refused_by_name(finetuned, tmp_path, capsy
         assert said.err.count("\n") == 1
         assert said.err.startswith(f"tubelet: {path}: {message}")
         assert said.out == ""
+
+
+def test_a_broken_video_among_good_ones_is_named_and_the_others_are_predicted(finetuned, tmp_path, capsys):
+    good = [str(make_video(tmp_path / name)) for name in ("one.mp4", "two.mp4")]
+    broken, missing = str(truncate(make_video(tmp_path / "broken.mp4"), 0.3)), str(tmp_path / "none.mp4")
+    assert main(["predict", good[0], broken, missing, good[1], "--model", str(finetuned)]) == 1
+    said = capsys.readouterr()
+    assert [line for line in said.out.splitlines() if not line.startswith(" ")] == good
+    first, second = said.err.splitlines()
+    assert first.startswith(f"tubelet: {broken}: cannot be decoded")
+    assert second.startswith(f"tubelet: {missing}: no such file")
+    assert main(["predict", broken, missing, "--model", str(finetuned)]) == 2
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 2)
+
+
+def test_a_file_is_predicted_before_the_next_one_is_read(finetuned, tmp_path):
+    later = tmp_path / "later.mp4"
+    predictions = predict(str(finetuned), [str(make_video(tmp_path / "one.mp4")), str(later)])
+    assert next(predictions).error is None
+    make_video(later)
+    assert next(predictions).error is None
+
+
+def test_a_model_whose_logits_are_not_finite_predicts_nothing(finetuned, tmp_path, capsys):
+    model = Path(shutil.copytree(finetuned / "model", tmp_path / "model"))
+    weights = load_file(model / "model.safetensors")
+    save_file({name: value * float("nan") for name, value in weights.items()}, model / "model.safetensors")
+    video = str(make_video(tmp_path / "one.mp4"))
+    assert main(["predict", video, "--model", str(model)]) == 3
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", f"tubelet: {video}: the logits of {model} are not finite; finetune again\n")
 
 
 def test_a_model_that_is_missing_is_refused(finetuned, tmp_path, capsys):

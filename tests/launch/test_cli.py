@@ -45,8 +45,14 @@ PRETRAINING = [
     (["--data.global_batch", "64", "--data.lanes", "1"], "data.global_batch: 64 is more than the 11 samples"),
     (["--data.clip.frames", "5"], "data.clip.frames: 5 frames do not divide into tubelets of 2"),
     (["--data.clip.size", "20"], "data.clip.size: 20 pixels do not divide into tubelets of 8 x 8"),
-    (["--data.clip.frame_rate", "5"], "data.clip: give exactly one of frame_rate and stride"),
+    (
+        ["--data.clip.frame_rate", "5", "--data.clip.stride", "1"],
+        "data.clip: give exactly one of frame_rate and stride",
+    ),
     (["--encoder.heads", "5"], "encoder.heads: 5 heads do not divide encoder.width 32"),
+    (["--encoder.depth", "0"], "encoder.depth: 0 must be at least 1"),
+    (["--decoder.heads", "0"], "decoder.heads: 0 must be at least 1"),
+    (["--validation.samples", "0"], "validation.every, validation.samples: must be at least 1"),
     (["--encoder.name", "factorised_encoder"], "mask.name: the factorised_encoder encoder cannot take a random mask"),
     (["--mask.ratio", "0.01"], "mask.ratio: 0.01 of 2 x 2 x 2 tokens leaves 8 visible and 0 to reconstruct"),
     (["--mask.ratio", "1"], "mask.ratio: 1.0 must lie between 0 and 1"),
@@ -83,7 +89,7 @@ def test_a_pretraining_run_that_cannot_be_is_refused_in_one_line(recipe, tmp_pat
         (["finetune", "--steps", "3", "--data.shards", "/nowhere"], "data.clip: give exactly one of"),
         (["evaluate"], "model"),
         (["evaluate", "--model", "/nowhere", "--shards", "/nowhere"], "/nowhere: has no config.json"),
-        (["evaluate", "--model", "/nowhere", "--shards", "/nowhere", "--batch", "0"], "batch, workers"),
+        (["evaluate", "--model", "/nowhere", "--shards", "/nowhere", "--micro-batch", "0"], "micro_batch, workers"),
         (["predict"], "tubelet predict: "),
         (["predict", "clip.mp4"], "tubelet predict: the following arguments are required: --model"),
         (["predict", "clip.mp4", "--modle", "x"], "tubelet predict: "),
@@ -142,13 +148,23 @@ def test_options_take_dashes_and_stand_before_or_after_the_folders(tmp_path, arg
     assert shards.labelled == ("--unlabelled" not in arguments)
 
 
-def test_a_value_that_begins_with_a_dash_or_holds_dashes_is_left_alone(recipe, tmp_path, capsys):
-    out = tmp_path / "a-run-with-dashes"
+def test_a_value_that_begins_with_a_dash_or_holds_dashes_is_left_alone(recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = Path("--a-run-with-dashes")
     command = ["pretrain", "--config", recipe, f"--out={out}", "--steps", "4", "--log-every", "2"]
     assert main(command) == 0
     assert (out / "summary.json").exists()
-    assert not Path(str(out).replace("-", "_")).exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["--a-run-with-dashes"]
     resolved = (out / "config.yaml").read_text()
     assert "log_every: 2" in resolved
-    assert main(["pretrain", "--config", str(out / "config.yaml")]) == 0
+    assert main(["pretrain", f"--config={out / 'config.yaml'}"]) == 0
     assert "is finished" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["--micro-batch", "0"], ["--micro-bath", "2"]])
+def test_ranks_other_than_0_leave_it_to_rank_0_to_tell_what_is_wrong_with_an_evaluation(monkeypatch, capsys, option):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["evaluate", "--model", "/nowhere", "--shards", "/nowhere", *option]) == 2
+        assert capsys.readouterr().err.count("\n") == lines
