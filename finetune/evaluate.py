@@ -218,6 +218,10 @@ def evaluate_on(
 def figures_of(seen: list[VideoLogits], classes: tuple[str, ...]) -> Evaluation:
     """Computes the figures from what the model made of all videos.
 
+    Args:
+        seen: The logits of every video, or why it has none.
+        classes: Names of the classes.
+
     Raises:
         StoppedByRule: Logits are not finite, so that no class is the most probable.
     """
@@ -267,7 +271,18 @@ def circumstances(shards: ShardSet, views: ViewsConfig) -> dict[str, Any]:
 
 
 def write_evaluation(out: Path, evaluation: Evaluation, classes: tuple[str, ...], record: dict[str, Any]) -> None:
-    """Writes `evaluation.json` with the figures and a record of what they belong to, `predictions.jsonl` and a page."""
+    """Writes `evaluation.json`, `predictions.jsonl` and `report.html`.
+
+    Args:
+        out: The folder, which exists.
+        evaluation: What was found.
+        classes: Names of the classes.
+        record: What was evaluated on what, for `evaluation.json` and the page.
+
+    Raises:
+        Refused: The folder cannot be written.
+        DiskFull: There is no space left.
+    """
     figures = evaluation.figures
     with writing_to(out):
         write_json(out / "evaluation.json", figures | record)

@@ -216,7 +216,18 @@ def mix(mixup: Mixup, batch: Batch, clip: ClipConfig) -> tuple[Tensor, Tensor]:
 def accuracy_on(
     held_out: ShardSet, config: FinetuneConfig, description: ModelDescription, run: Run, model: nn.Module
 ) -> dict[str, float]:
-    """Returns single-view accuracy on held-out samples, to log while training."""
+    """Computes single-view accuracy, to log while training; every rank calls it.
+
+    Args:
+        held_out: The held-out set.
+        config: The run's configuration, which says how many of its samples are used.
+        description: The classifier's description.
+        run: The open run, whose processes share the samples.
+        model: The prepared model.
+
+    Returns:
+        `validation_top1` and `validation_top5`, as shares.
+    """
     figures = evaluate_on(
         model,
         held_out,
@@ -234,7 +245,15 @@ def accuracy_on(
 def evaluate_finally(
     model: nn.Module, held_out: ShardSet, config: FinetuneConfig, description: ModelDescription, run: Run
 ) -> Evaluation:
-    """Evaluates on all held-out samples with all views and writes `evaluation.json`."""
+    """Evaluates with all views and writes `evaluation.json`; every rank calls it.
+
+    Args:
+        model: The prepared model.
+        held_out: The held-out set, of which every sample is used.
+        config: The run's configuration, which tells the views.
+        description: The classifier's description.
+        run: The open run.
+    """
     evaluation = evaluate_on(
         model,
         held_out,

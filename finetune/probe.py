@@ -23,7 +23,17 @@ TEMPERATURE = 0.07
 def features(
     encoder: nn.Module, shards: ShardSet, clip: ClipConfig, micro_batch: int = 16, workers: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Returns the mean token of every video's middle clip, `(samples, D)`, and the labels, `(samples,)`.
+    """Computes the features of every video of a set, from its middle clip.
+
+    Args:
+        encoder: The encoder; put into evaluation mode.
+        shards: The videos.
+        clip: The clips that the encoder sees.
+        micro_batch: Videos that go through the encoder at once.
+        workers: Loader processes.
+
+    Returns:
+        `(samples, D)` mean tokens and `(samples,)` labels, -1 where a video has none.
 
     Raises:
         Refused: A video cannot be decoded, or the clip's stride means nothing on this set.

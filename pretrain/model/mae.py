@@ -96,7 +96,16 @@ class MaskedAutoencoder(nn.Module):
         return Reconstruction(error.mean((1, 2)), prediction)
 
     def decode(self, encoded: Encoded, visible: Tensor, masked: Tensor) -> Tensor:
-        """Returns `(B, Nm, P)`, the predicted targets of the masked tubelets."""
+        """Predicts the targets of masked tubelets.
+
+        Args:
+            encoded: What the encoder returned for the visible tokens.
+            visible: `(B, Nv)` their numbers.
+            masked: `(B, Nm)` numbers of the tokens to reconstruct.
+
+        Returns:
+            `(B, Nm, P)`.
+        """
         tokens = [self.decoder_positions(self.decoder_embedding(encoded.tokens), visible)]
         if encoded.temporal is not None:
             tokens.append(self.slot_positions(self.decoder_embedding(encoded.temporal), encoded.slots))
