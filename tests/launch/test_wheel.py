@@ -1,25 +1,49 @@
-"""The wheel holds all that an installed Tubelet reads: the packages, the recipes, the page's template, the command."""
+"""The wheel holds all that an installed Tubelet reads and asks for all that it imports."""
 
+import ast
+import importlib.metadata
+import re
+import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+PACKAGES = ("pretrain", "finetune", "launch")
+MODULES = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
 
 
-def test_a_wheel_carries_recipes_template_and_command(tmp_path):
-    wheel = pytest.importorskip("hatchling.builders.wheel")
-    (built,) = wheel.WheelBuilder(str(ROOT)).build(directory=str(tmp_path))
-    with zipfile.ZipFile(built) as archive:
-        names = set(archive.namelist())
-        commands = [archive.read(name).decode() for name in names if name.endswith("entry_points.txt")]
-    files = [
-        path.relative_to(ROOT)
-        for folder in ("pretrain", "finetune", "launch")
-        for path in (ROOT / folder).rglob("*.py")
-    ]
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> zipfile.ZipFile:
+    builder = pytest.importorskip("hatchling.builders.wheel").WheelBuilder(str(ROOT))
+    (built,) = builder.build(directory=str(tmp_path_factory.mktemp("wheel")))
+    return zipfile.ZipFile(built)
+
+
+def read(wheel: zipfile.ZipFile, ending: str) -> str:
+    (name,) = (name for name in wheel.namelist() if name.endswith(ending))
+    return wheel.read(name).decode()
+
+
+def test_a_wheel_carries_recipes_template_and_command(wheel):
     recipes = [Path("pretrain", path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.*")]
     assert len(recipes) > 10
-    assert {str(path) for path in [*files, *recipes, Path("pretrain/report.html.jinja")]} <= names
-    assert "tubelet = launch.cli:main" in commands[0]
+    modules = [path.relative_to(ROOT) for path in MODULES]
+    assert {str(path) for path in [*modules, *recipes, Path("pretrain/report.html.jinja")]} <= set(wheel.namelist())
+    assert "tubelet = launch.cli:main" in read(wheel, "entry_points.txt")
+
+
+def test_a_wheel_asks_for_every_distribution_that_it_imports(wheel):
+    asked = {
+        name.lower() for name in re.findall(r"^Requires-Dist: ([\w-]+)(?!.*extra ==)", read(wheel, "METADATA"), re.M)
+    }
+    providers = importlib.metadata.packages_distributions()
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            else:
+                names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            for package in {name.split(".")[0] for name in names} - {*PACKAGES, *sys.stdlib_module_names, "_typeshed"}:
+                assert asked & {name.lower() for name in providers[package]}, f"{path} imports {package}"
