@@ -82,7 +82,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     options: dict[str, Any] = {"config": "demo", "out": out / "pretrain", "seed": config.seed}
     options |= {"data.shards": shards["unlabelled"], "validation.shards": shards["validation"]}
     if config.steps is not None:
-        options["steps"] = config.steps
+        options |= {"steps": config.steps, "optimizer.warmup_steps": config.steps // 10}
     pretraining = parse(PretrainConfig, "pretrain", _options(**options))
     with _leaving_cores_to(pretraining.data.workers):
         pretrain(pretraining)
