@@ -38,7 +38,7 @@ from pretrain.weights import configs_from, encoder_from, load_encoder_weights, l
 
 logger = logging.getLogger(__name__)
 
-VIDEOS = {"unlabelled": 2400, "labelled": 64, "validation": 160, "test": 400}
+VIDEOS = {"unlabelled": 2400, "labelled": 32, "validation": 160, "test": 400}
 FINETUNING_SEEDS = (0, 1)
 SCRATCH_RATES = ("3.2e-2", "6.4e-2")  # optimizer.base_lr, for 256 samples in a step
 
