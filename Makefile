@@ -21,9 +21,10 @@ demo: .venv/installed ## make videos, pretrain, finetune, and write runs/demo/re
 test: .venv/installed ## run the tests
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
-lint: .venv/installed ## check the code with ruff
+lint: .venv/installed ## check the code with ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
 
 bench: .venv/installed ## measure this machine against peers, as ratios
 	@$(BIN)/python -m tests.benchmarks.mae_step

@@ -38,7 +38,7 @@ from pretrain.weights import configs_from, encoder_from, load_encoder_weights, l
 
 logger = logging.getLogger(__name__)
 
-VIDEOS = {"unlabelled": 2400, "labelled": 32, "validation": 160, "test": 400}
+VIDEOS = {"unlabelled": 2000, "labelled": 32, "validation": 128, "test": 400}
 FINETUNING_SEEDS = (0, 1)
 SCRATCH_RATES = ("3.2e-2", "6.4e-2")  # optimizer.base_lr, for 256 samples in a step
 
@@ -208,8 +208,11 @@ def write_demo_report(
     gain = 100 * (summary["top1_pretrained"] - summary["top1_scratch"])
     metrics = read_metrics(out / "pretrain" / "metrics.jsonl")
     steps = [entry["step"] for entry in metrics]
-    held_out = [(entry["step"], entry["validation_loss"]) for entry in metrics if "validation_loss" in entry]
-    losses = {"training": (steps, [entry["loss"] for entry in metrics]), "held-out": tuple(zip(*held_out, strict=True))}
+    validated = [entry for entry in metrics if "validation_loss" in entry]
+    losses = {
+        "training": (steps, [entry["loss"] for entry in metrics]),
+        "held-out": ([entry["step"] for entry in validated], [entry["validation_loss"] for entry in validated]),
+    }
     by_seed = zip(FINETUNING_SEEDS, summary["top1_pretrained_by_seed"], summary["top1_scratch_by_seed"], strict=True)
     rows = [_row(f"seed {number}", with_pretraining, without) for number, with_pretraining, without in by_seed]
     rows.append(_row("k-NN probe, no finetuning", summary["knn_pretrained"], summary["knn_untrained"]))

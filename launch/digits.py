@@ -20,28 +20,19 @@ from sklearn.datasets import load_digits
 
 from pretrain.data.randomness import key_for, permutation, raw_words, uniform
 
-SIZE = 32  # pixels
+SIZE = 24  # pixels
 FRAMES = 20
 FRAME_RATE = 10
 DIGITS = 2
-DIGIT_SIZE = 18  # pixels
-SPEED = 4  # pixels a frame, down or across or both: a tubelet's side in a tubelet's time
+DIGIT_SIZE = 14  # pixels
+SPEED = 4  # pixels a frame, down or across: a tubelet's side in a tubelet's time
 TEXTURES = 2
 FLICKER = 0.5  # from the darkest to the brightest light, where 1 is from black to white
 GRAIN = 0.12  # standard deviation
 TEST_SHARE = 0.2  # of the handwritten digits; the other splits never show these
 
-# Names of the eight directions, with their (down, right) parts.
-MOTIONS = {
-    "down": (1, 0),
-    "down-left": (1, -1),
-    "down-right": (1, 1),
-    "left": (0, -1),
-    "right": (0, 1),
-    "up": (-1, 0),
-    "up-left": (-1, -1),
-    "up-right": (-1, 1),
-}
+# Names of the four directions, with their (down, right) parts.
+MOTIONS = {"down": (1, 0), "left": (0, -1), "right": (0, 1), "up": (-1, 0)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +71,9 @@ def draw_frames(motion: str, key: int, test: bool = False) -> np.ndarray:
     """Returns `(FRAMES, SIZE, SIZE, 3)` uint8: digits that drift together; a pure function of its arguments."""
     words = raw_words(key, DIGITS + 1)
     texture = _texture(key_for("texture", int(words[DIGITS] % np.uint64(TEXTURES))))
-    start_down, start_right, *ink = uniform(key_for(key, "drift"), 5)
-    ink = 0.7 + 0.3 * np.array(ink)
+    drift = uniform(key_for(key, "drift"), 5)
+    start_down, start_right = drift[:2]
+    ink = 0.7 + 0.3 * drift[2:]
     alpha = _digits(words[:DIGITS], uniform(key_for(key, "digits"), 2 * DIGITS).reshape(DIGITS, 2), test)
     light = FLICKER * (uniform(key_for(key, "light"), FRAMES * 3).reshape(FRAMES, 1, 1, 3) - 0.5)
     grain = GRAIN * ndtri(uniform(key_for(key, "grain"), FRAMES * SIZE * SIZE * 3)).reshape(FRAMES, SIZE, SIZE, 3)

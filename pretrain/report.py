@@ -119,9 +119,8 @@ def curves(
 
     Args:
         series: For each name the x values (points,) and the y values: (points,), or (runs, points) for several seeds,
-            drawn as their mean in a band from the lowest to the highest. None and nan leave a gap, and
-            so does what a logarithm does not have. Long series are
-            drawn as the means of `POINTS_DRAWN` equal stretches.
+            drawn as their mean in a band from the lowest to the highest. None and nan leave a gap, and so does what a
+            logarithm does not have. Long series are drawn as the means of `POINTS_DRAWN` equal stretches.
         title: Stands above the axes.
         x_label: What x is, with its unit.
         y_label: What y is, with its unit.

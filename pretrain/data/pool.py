@@ -60,7 +60,7 @@ class WorkerPool(Generic[Task, Result]):
             self.workers_end.close()
             # A worker may die halfway through sending a result. The executor, which reads it, learns that no more will
             # come only if this process does not hold the writing end as well.
-            self.executor._result_queue._writer.close()
+            self.executor._result_queue._writer.close()  # type: ignore[attr-defined]
         self.executor.shutdown(cancel_futures=True)
         self.workers_end.close()
         self.lifeline.close()
