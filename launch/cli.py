@@ -14,7 +14,8 @@ from pretrain.errors import EXIT_FAILED, EXIT_REFUSED, Refused
 
 USAGE = """tubelet COMMAND ...
 
-  pack SRC OUT        make shards from a folder of videos, a folder of class folders, or --list FILE
+  pack SRC OUT        make shards from a folder of videos, of class folders or of images, or from those that --list FILE
+                      or --annotations FILE of Kinetics, Something-Something v2, UCF101 or HMDB51 names
   pretrain            train an encoder on shards, without labels
   finetune            train a classifier on labelled shards, from an encoder or from scratch
   evaluate            measure a classifier on labelled shards

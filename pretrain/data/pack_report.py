@@ -27,7 +27,7 @@ class PackSummary:
         shards: How many shards there are.
         size_bytes: The size of all shards.
         classes: How many classes there are; 0 if unlabelled.
-        ignored: Files in the source folder that are no videos by their suffix.
+        ignored: Files in the source folder that are no videos by their suffix, or images beside videos.
         finished_before: Whether the folder was complete already, so that nothing was done.
     """
 
@@ -113,5 +113,5 @@ def show_summary(summary: PackSummary, console: Console | None = None) -> None:
         rest = sum(len(group) for group in largest_first[MAX_REASONS:])
         table.add_row("  of these", str(rest), "other reasons")
     if summary.ignored:
-        table.add_row("ignored", str(summary.ignored), "no videos by their suffix")
+        table.add_row("ignored", str(summary.ignored), "no videos by their suffix, or images beside videos")
     console.print(table)
