@@ -42,6 +42,8 @@ class DecordReader:
 
     def __init__(self, video: bytes) -> None:
         """Opens a video from its bytes; raises `BadSample` if decord cannot."""
+        # torch first: decord loads NVIDIA's BLAS for the whole process, and a torch that comes later crashes in it.
+        import torch  # noqa: F401, I001
         import decord
 
         self._decord = decord

@@ -1,10 +1,11 @@
 """Decoding real videos from bytes: the very frames that PyAV decodes, whichever are asked for, or a `BadSample`."""
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import av
-import decord
 import numpy as np
 import pytest
 
@@ -59,7 +60,7 @@ def test_a_frame_asked_for_twice_comes_twice(tmp_path, width, decoder):
 
 def test_frames_are_asked_for_at_once_so_that_none_is_decoded_twice(packed, monkeypatch):
     reader = open_video(packed, "decord")
-    monkeypatch.setattr(decord.VideoReader, "__getitem__", None)
+    monkeypatch.setattr("decord.VideoReader.__getitem__", None)
     assert reader.read(np.array([14, 17, 20])).shape == (3, 96, 128, 3)
 
 
@@ -69,6 +70,21 @@ def test_what_packing_writes_is_read_frame_by_frame(packed, decoder):
     frames = all_frames(packed, decoder)
     assert frames.shape == expected.shape == (48, 96, 128, 3)
     assert np.abs(frames.astype(int) - expected).max() <= 2
+
+
+def test_torch_computes_on_the_cpu_after_decord_has_read(packed, tmp_path):
+    """decord loads NVIDIA's BLAS, where installed, for the whole process; a torch that came later crashed in it."""
+    video = tmp_path / "video.mp4"
+    video.write_bytes(packed)
+    program = (
+        "import pathlib, sys; from pretrain.data.video import open_video; "
+        "print(len(open_video(pathlib.Path(sys.argv[1]).read_bytes(), 'decord'))); "
+        "import torch; print(torch.nn.Linear(32, 32)(torch.zeros(8, 32)).shape[0])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(video)], cwd=Path(__file__).parents[2], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout.split()) == (0, ["48", "8"]), done.stderr
 
 
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98])
