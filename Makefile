@@ -28,6 +28,7 @@ lint: .venv/installed ## check the code with ruff and mypy
 
 bench: .venv/installed ## measure this machine against peers, as ratios
 	@$(BIN)/python -m tests.benchmarks.mae_step
+	@$(BIN)/python -m tests.benchmarks.decode
 
 clean: ## remove .venv and runs
 	rm -rf .venv runs

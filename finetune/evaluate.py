@@ -20,6 +20,7 @@ from pretrain.data.clips import ClipConfig
 from pretrain.data.loader import EvaluationViews, evaluation_batches
 from pretrain.data.order import evaluation_slice
 from pretrain.data.shards import ShardSet
+from pretrain.data.video import DecoderName
 from pretrain.engine.distributed import Processes
 from pretrain.errors import DiskFull, Refused, StoppedByRule
 from pretrain.files import is_out_of_space, write_json, write_text
@@ -41,6 +42,8 @@ class EvaluateConfig:
     """Views of each video."""
     micro_batch: int = 8
     """Videos that one process sends through the model at once."""
+    decoder: DecoderName = "auto"
+    """Who decodes: decord, pyav, or auto, which takes decord for what packing writes and pyav for all else."""
     workers: int = 2
     """Loader processes for each process."""
 
@@ -111,6 +114,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
             processes,
             config.micro_batch,
             config.workers,
+            config.decoder,
         )
         record = {"model": config.model} | circumstances(shards, config.views)
         processes.on_main_only(lambda: write_evaluation(out, evaluation, description.classes, record))
@@ -180,6 +184,7 @@ def evaluate_on(
     processes: Processes,
     micro_batch: int,
     workers: int,
+    decoder: DecoderName = "auto",
 ) -> Evaluation:
     """Evaluates a model on labelled shards; every rank calls it and gets the same result.
 
@@ -193,12 +198,13 @@ def evaluate_on(
         processes: All processes.
         micro_batch: Videos that go through the model at once.
         workers: Loader processes.
+        decoder: Who decodes.
 
     Raises:
         StoppedByRule: The model returns logits that are not finite.
     """
     numbers, counted = evaluation_slice(len(chosen), processes.world, processes.rank)
-    cutter = EvaluationViews(shards, clip, views.temporal, views.spatial)
+    cutter = EvaluationViews(shards, clip, views.temporal, views.spatial, decoder)
     was_training = model.training
     model.eval()
     own: list[VideoLogits] = []

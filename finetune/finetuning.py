@@ -238,6 +238,7 @@ def accuracy_on(
         run.processes,
         config.data.micro_batch,
         config.data.workers,
+        config.data.decoder,
     ).figures
     return {f"validation_{name}": figures[name] for name in ("top1", "top5")}
 
@@ -264,6 +265,7 @@ def evaluate_finally(
         run.processes,
         max(config.data.micro_batch // (config.views.temporal * config.views.spatial), 1),
         config.data.workers,
+        config.data.decoder,
     )
     content = evaluation.figures | circumstances(held_out, config.views)
     run.processes.on_main_only(lambda: write_json(run.out / "evaluation.json", content))

@@ -15,6 +15,7 @@ from finetune.config import ViewsConfig
 from pretrain.data.loader import views_of
 from pretrain.data.shards import Sample
 from pretrain.data.transcode import transcode
+from pretrain.data.video import DecoderName
 from pretrain.errors import BadSample, StoppedByRule
 
 TOP = 5
@@ -36,13 +37,16 @@ class Prediction:
     error: str | None = None
 
 
-def predict(model_folder: str, files: list[str], views: ViewsConfig | None = None) -> Iterator[Prediction]:
+def predict(
+    model_folder: str, files: list[str], views: ViewsConfig | None = None, decoder: DecoderName = "auto"
+) -> Iterator[Prediction]:
     """Predicts the classes of video files, one after the other.
 
     Args:
         model_folder: Model folder or finetuning run.
         files: Video files.
         views: Views of each video; by default three time windows.
+        decoder: Who decodes the transcoded videos.
 
     Yields:
         The prediction for each file in turn; one for a file that cannot be read says so, and the next ones go on.
@@ -55,7 +59,7 @@ def predict(model_folder: str, files: list[str], views: ViewsConfig | None = Non
     views = views or ViewsConfig(temporal=3)
     for file in files:
         try:
-            clips = clips_of(file, description, views)
+            clips = clips_of(file, description, views, decoder)
         except BadSample as error:
             yield Prediction(file, [], str(error))
             continue
@@ -68,13 +72,17 @@ def predict(model_folder: str, files: list[str], views: ViewsConfig | None = Non
         yield Prediction(file, list(zip(names, best.values.tolist(), strict=True)))
 
 
-def clips_of(file: str, description: ModelDescription, views: ViewsConfig) -> Tensor:
-    """Returns the views of a video file, `(views, T, H, W, C)`; raises `BadSample` with the remedy if it has none."""
+def clips_of(file: str, description: ModelDescription, views: ViewsConfig, decoder: DecoderName = "auto") -> Tensor:
+    """Returns the views of a video file, `(views, T, H, W, C)`, upright, whichever decoder reads them.
+
+    Raises:
+        BadSample: It has none; the message says why, with the remedy.
+    """
     if not Path(file).is_file():
         raise BadSample("no such file; give video files")
     try:
         stored = transcode(file, short_side=description.short_side, gop=GOP, frame_rate=description.frame_rate)
         sample = Sample(Path(file).stem, stored.video, None, stored.frames, stored.frame_rate, {})
-        return views_of(sample, description.clip, views.temporal, views.spatial)
+        return views_of(sample, description.clip, views.temporal, views.spatial, decoder)
     except BadSample as error:
         raise BadSample(f"cannot be decoded ({error}); give a video that plays") from None

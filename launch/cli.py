@@ -8,7 +8,7 @@ import argparse
 import importlib.metadata
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 from pretrain.errors import EXIT_FAILED, EXIT_REFUSED, Refused
 
@@ -96,17 +96,19 @@ def _evaluate(arguments: list[str]) -> int:
 
 def _predict(arguments: list[str]) -> int:
     from pretrain.commandline import run_command
+    from pretrain.data.video import DecoderName
 
     parser = _PredictParser(prog="tubelet predict", allow_abbrev=False)
     parser.add_argument("files", nargs="+", metavar="FILE", help="video files")
     parser.add_argument("--model", required=True, help="model folder or finetuning run")
+    parser.add_argument("--decoder", default="auto", choices=get_args(DecoderName), help="who decodes")
     predicted: list[bool] = []
 
     def command() -> None:
         parsed = parser.parse_args(arguments)
         from finetune.predict import predict
 
-        for prediction in predict(parsed.model, parsed.files):
+        for prediction in predict(parsed.model, parsed.files, decoder=parsed.decoder):
             predicted.append(prediction.error is None)
             if prediction.error:
                 print(f"tubelet: {prediction.file}: {' '.join(prediction.error.split())}", file=sys.stderr)

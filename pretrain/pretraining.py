@@ -135,7 +135,7 @@ def reconstruction_loss_on(
     """
     chosen = config.validation.chosen(held_out.samples)
     numbers, counted = evaluation_slice(len(chosen), processes.world, processes.rank)
-    views = EvaluationViews(held_out, config.data.clip)
+    views = EvaluationViews(held_out, config.data.clip, decoder=config.data.decoder)
     total = torch.zeros(3, dtype=torch.float64)
     for batch in evaluation_batches(views, chosen[numbers], counted, config.data.micro_batch, config.data.workers):
         visible, masked = fixed_masks(config.mask, config, [one.sample for one in batch], processes.device)
@@ -206,7 +206,7 @@ def save_reconstructions(
     """
     model.eval()
     everything = dataclasses.replace(config.mask, decoded=1.0)
-    views = EvaluationViews(shards, config.data.clip)
+    views = EvaluationViews(shards, config.data.clip, decoder=config.data.decoder)
     numbers = np.linspace(0, shards.samples - 1, min(PICTURED_CLIPS, shards.samples)).astype(int)
     strips = []
     for number in numbers.tolist():

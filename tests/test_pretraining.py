@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,15 @@ def pretrained(recipe, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("pretrained") / "run"
     assert main(["pretrain", "--config", recipe, "--out", str(out), "--steps", "4"]) == 0
     return out
+
+
+def test_a_run_with_pyav_never_asks_for_decord(recipe, packed_shards, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "decord", None)
+    command = ["pretrain", "--config", recipe, "--steps", "4", "--validation.shards", str(packed_shards)]
+    assert main([*command, "--out", str(tmp_path / "pyav"), "--data.decoder", "pyav"]) == 0
+    assert list((tmp_path / "pyav" / "pictures").iterdir())
+    with pytest.raises(ImportError, match="decord"):
+        main([*command, "--out", str(tmp_path / "auto")])
 
 
 def damaged(shards: Path, folder: Path, numbers: range | list[int]) -> ShardSet:

@@ -22,7 +22,7 @@ from pretrain.data.order import Order
 from pretrain.data.processes import become_worker, fork_server
 from pretrain.data.randomness import Purpose, raw_words, sample_key, uniform
 from pretrain.data.shards import Sample, ShardSet
-from pretrain.data.video import open_video
+from pretrain.data.video import DecoderName, open_video
 from pretrain.errors import BadSample, Refused, StoppedByRule, TubeletError
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,8 @@ class DataConfig:
     """Parts of the set that are read side by side; divides global_batch. A multiple of the nodes keeps caches warm."""
     shards_per_window: int = 8
     """Pieces of shards that are shuffled together."""
+    decoder: DecoderName = "auto"
+    """Who decodes: decord, pyav, or auto, which takes decord for what packing writes and pyav for all else."""
     workers: int = 4
     """Loader processes for each training process; 0 decodes in the training process."""
     max_bad_share: float = 0.01
@@ -170,7 +172,7 @@ class TrainingClips(Dataset):
 
         clip = self.config.clip
         sample = self.shards.read(number)
-        reader = open_video(sample.video)
+        reader = open_video(sample.video, self.config.decoder)
         indices, padded = frame_indices(clip, len(reader), sample.frame_rate, uniform(key(0, "time"))[0])
         frames = torch.from_numpy(reader.read(indices))
         height, width = frames.shape[1:3]
@@ -293,14 +295,23 @@ class EvaluationViews(Dataset):
         config: The clip; its crop and flip are not used.
         temporal: Time windows.
         spatial: Crops.
+        decoder: Who decodes.
     """
 
-    def __init__(self, shards: ShardSet, config: ClipConfig, temporal: int = 1, spatial: int = 1) -> None:
+    def __init__(
+        self,
+        shards: ShardSet,
+        config: ClipConfig,
+        temporal: int = 1,
+        spatial: int = 1,
+        decoder: DecoderName = "auto",
+    ) -> None:
         """Keeps the arguments; opens nothing."""
         self.shards = shards
         self.config = config
         self.temporal = temporal
         self.spatial = spatial
+        self.decoder = decoder
 
     def __getitem__(self, item: tuple[int, bool]) -> Views:
         """Returns the views of sample number `item[0]`; `item[1]` tells whether it counts."""
@@ -309,14 +320,16 @@ class EvaluationViews(Dataset):
         index = self.shards.shard_index(shard)
         key, label = index.keys[row], -1 if index.labels is None else index.labels[row]
         try:
-            clips = views_of(self.shards.read(number), self.config, self.temporal, self.spatial)
+            clips = views_of(self.shards.read(number), self.config, self.temporal, self.spatial, self.decoder)
             return Views(number, clips, label, key, None, counted)
         except BadSample as error:
             shape = (self.temporal * self.spatial, self.config.frames, self.config.size, self.config.size, 3)
             return Views(number, torch.zeros(shape, dtype=torch.uint8), label, key, str(error), counted)
 
 
-def views_of(sample: Sample, config: ClipConfig, temporal: int = 1, spatial: int = 1) -> torch.Tensor:
+def views_of(
+    sample: Sample, config: ClipConfig, temporal: int = 1, spatial: int = 1, decoder: DecoderName = "auto"
+) -> torch.Tensor:
     """Cuts the views of a sample: `temporal` time windows times `spatial` crops, decoded once.
 
     Args:
@@ -324,6 +337,7 @@ def views_of(sample: Sample, config: ClipConfig, temporal: int = 1, spatial: int
         config: The clip; its crop and flip are not used.
         temporal: Time windows spread evenly over the sample; one is the middle.
         spatial: Square crops spread evenly along the longer side; one is the centre.
+        decoder: Who decodes.
 
     Returns:
         `(temporal * spatial, T, H, W, 3)` uint8.
@@ -331,7 +345,7 @@ def views_of(sample: Sample, config: ClipConfig, temporal: int = 1, spatial: int
     Raises:
         BadSample: The video cannot be decoded.
     """
-    reader = open_video(sample.video)
+    reader = open_video(sample.video, decoder)
     moments = [0.5] if temporal == 1 else np.linspace(0, 1, temporal).tolist()
     time_windows = [frame_indices(config, len(reader), sample.frame_rate, moment)[0] for moment in moments]
     needed = np.unique(np.concatenate(time_windows))

@@ -76,12 +76,12 @@ def transcode(
     """
     try:
         with av.open(str(source), metadata_errors="ignore", options=OPEN_OPTIONS) as container:
-            stream = _video_stream(container)
+            stream = video_stream(container)
             stream.thread_type = "AUTO"
             stream.codec_context.thread_count = decoder_threads
             return _transcode_stream(container, stream, short_side, gop, frame_rate, segment, on_progress)
     except av.FFmpegError as error:
-        raise BadSample(_reason(error)) from error
+        raise BadSample(reason_of(error)) from error
 
 
 def duration_of(source: str | Path, on_progress: Callable[[], object] = lambda: None) -> Fraction | None:
@@ -96,7 +96,7 @@ def duration_of(source: str | Path, on_progress: Callable[[], object] = lambda: 
     """
     try:
         with av.open(str(source), metadata_errors="ignore", options=OPEN_OPTIONS) as container:
-            stream = _video_stream(container)
+            stream = video_stream(container)
             stated_s = Fraction(_tagged_duration_s(stream)).limit_denominator(1000)
             if not stated_s and stream.duration and stream.time_base is not None:
                 stated_s = stream.duration * stream.time_base
@@ -106,7 +106,7 @@ def duration_of(source: str | Path, on_progress: Callable[[], object] = lambda: 
                 stated_s = _end_of_packets_s(container, stream, on_progress)
             return stated_s if 0 < stated_s <= LONGEST_S else None
     except av.FFmpegError as error:
-        raise BadSample(_reason(error)) from error
+        raise BadSample(reason_of(error)) from error
 
 
 def at_constant_rate(
@@ -265,7 +265,7 @@ class _Decoder:
         """Raises BadSample if too little of the stream came through."""
         promised = self.packets if self.segment is not None else max(self.packets, self.stream.frames)
         if self.decoded == 0:
-            why = f": damaged or encrypted ({_reason(self.error)})" if self.error else ""
+            why = f": damaged or encrypted ({reason_of(self.error)})" if self.error else ""
             raise BadSample(f"none of its {promised} frames can be decoded{why}" if promised else "no frame in it")
         good = self.packets - self.failed
         if good < LEAST_DECODED * promised:
@@ -280,7 +280,8 @@ class _Decoder:
             raise BadSample(f"ends after {float(self.end_s):.1f} of its {promised_s:.1f} s: truncated or damaged")
 
 
-def _video_stream(container: InputContainer) -> VideoStream:
+def video_stream(container: InputContainer) -> VideoStream:
+    """Returns the stream that a player would show; raises `BadSample` if there is none or its codec is unknown."""
     stream = container.streams.best("video")
     if not isinstance(stream, VideoStream):
         raise BadSample("holds no video stream")
@@ -330,8 +331,8 @@ def _tagged_duration_s(stream: VideoStream) -> float:
         return 0.0
 
 
-def _reason(error: av.FFmpegError) -> str:
-    """One line of what FFmpeg says, with the last line of its log where it left one."""
+def reason_of(error: av.FFmpegError) -> str:
+    """Returns one line of what FFmpeg says, with the last line of its log where it left one."""
     detail = str(error.log[-1]).strip() if error.log else ""
     text = f"{error.strerror} ({detail})" if detail else str(error.strerror)
     return " ".join(text.split())

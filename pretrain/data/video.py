@@ -1,19 +1,28 @@
-"""Decoding behind one small interface: a video's bytes in, chosen frames out as uint8.
+"""Decoding behind one small interface: a video's bytes in, chosen frames out as uint8, upright.
 
-Shards hold what packing wrote (H.264, constant frame rate, closed GOP), where every decoder agrees on every frame.
-Readers must be opened in the process that uses them: decord may deadlock across a fork.
+Shards hold what packing wrote (H.264, constant frame rate, closed GOP, no B-frames), where every decoder agrees on
+every frame. On other files decord may return wrong frames, with no error: groups of pictures that lean on the one
+before (open GOP: HEVC as x265 writes it, and some H.264 and MPEG-4), AVI and MPEG-TS. PyAV's reader does not
+(`pyav_reader.py`). Readers must be opened in the process that uses them: decord may deadlock across a fork.
 """
 
 import io
+import itertools
+import math
 import re
 from typing import Literal, Protocol
 
 import numpy as np
 
+from pretrain.data.mp4 import read_mp4_video
+from pretrain.data.pyav_reader import PyAvReader
 from pretrain.errors import BadSample
 
-DecoderName = Literal["decord"]
+DecoderName = Literal["auto", "decord", "pyav"]
+"""Whose frames are read; auto is decord for files like those that packing writes, and PyAV for all others."""
 
+ALIGNMENT = 32
+"""Pixels that decord rounds the width of a row up to."""
 PADDED = "from_size == to_size"
 """What decord says when it cannot put frames into a batch since it counts the padding of their rows as pixels."""
 
@@ -33,6 +42,8 @@ class DecordReader:
 
     def __init__(self, video: bytes) -> None:
         """Opens a video from its bytes; raises `BadSample` if decord cannot."""
+        # torch first: decord loads NVIDIA's BLAS for the whole process, and a torch that comes later crashes in it.
+        import torch  # noqa: F401, I001
         import decord
 
         self._decord = decord
@@ -60,24 +71,48 @@ class DecordReader:
         except self._decord.DECORDError as error:
             if PADDED not in str(error):
                 raise
-        return np.stack([_without_padding(self._reader[number].asnumpy()) for number in numbers])
+        frames: list[np.ndarray] = []
+        for before, number in itertools.pairwise([None, *numbers]):
+            follows = before is not None and number == before + 1
+            frame = self._reader.next() if follows else self._reader[number]  # which seeks, and decodes again
+            frames.append(_without_padding(frame.asnumpy()))
+        return np.stack(frames)
 
 
-def open_video(video: bytes, decoder: DecoderName = "decord") -> VideoReader:
+def open_video(video: bytes, decoder: DecoderName = "auto") -> VideoReader:
     """Opens a video from its bytes.
+
+    Args:
+        video: The file.
+        decoder: Who decodes it.
 
     Raises:
         BadSample: The decoder cannot open it, or it holds no frame.
     """
-    readers = {"decord": DecordReader}
-    reader = readers[decoder](video)
+    if decoder == "auto":
+        decoder = "decord" if decord_is_exact(video) else "pyav"
+    reader: VideoReader = DecordReader(video) if decoder == "decord" else PyAvReader(video)
     if len(reader) == 0:
         raise BadSample("it holds no frames")
     return reader
 
 
+def decord_is_exact(video: bytes) -> bool:
+    """Whether decord is known to return the very frames of a file, as it does for what packing writes.
+
+    Decided by the index of an mp4 file: H.264 without reordered frames, so that none leans on the group of pictures
+    before its own, and without an edit list, which decord passes over. Narrow videos whose padded rows decord takes for
+    rows of more channels are left out too: `DecordReader` mends them, which takes time.
+    """
+    found = read_mp4_video(video)
+    if found is None or found.codec != "avc1" or not found.in_order or found.edited or not found.width:
+        return False
+    padded_width = math.ceil(found.width / ALIGNMENT) * ALIGNMENT
+    return padded_width == found.width or 3 * padded_width % found.width > 0
+
+
 def _without_padding(frame: np.ndarray) -> np.ndarray:
-    """Mends frames of some narrow videos (48 or 72 pixels wide): decord counts a row's padding as a fourth channel."""
+    """Mends frames of some narrow videos (24, 48 or 72 pixels wide), whose padding decord counts as more channels."""
     height, width, channels = frame.shape
     return frame.reshape(height, width * channels)[:, : width * 3].reshape(height, width, 3)
 

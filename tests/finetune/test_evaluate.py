@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,15 @@ def test_two_processes_find_what_one_finds(finetuned, packed_shards, tmp_path):
     assert [entry["key"] for entry in ours] == [entry["key"] for entry in theirs]
     assert len({entry["key"] for entry in ours}) == len(ours) == 11
     assert (two / "evaluation.json").read_text() == (one / "evaluation.json").read_text()
+
+
+def test_pyav_finds_what_decord_finds_and_never_asks_for_it(finetuned, packed_shards, tmp_path, monkeypatch):
+    command = ["evaluate", "--model", str(finetuned), "--shards", str(packed_shards), "--workers", "0"]
+    assert main([*command, "--out", str(tmp_path / "decord"), "--decoder", "decord"]) == 0
+    monkeypatch.setitem(sys.modules, "decord", None)
+    assert main([*command, "--out", str(tmp_path / "pyav"), "--decoder", "pyav"]) == 0
+    by_decord, by_pyav = ((tmp_path / name / "predictions.jsonl").read_text() for name in ("decord", "pyav"))
+    assert by_decord == by_pyav
 
 
 class Brightness(nn.Module):

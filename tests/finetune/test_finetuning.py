@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,13 @@ def test_a_run_leaves_curves_a_model_and_the_accuracy_on_held_out_videos(finetun
     summary = json.loads((finetuned / "summary.json").read_text())
     assert summary["top1"] == figures["top1"]
     assert json.loads((finetuned / "model" / "config.json").read_text())["classes"] == ["jump", "run"]
+
+
+def test_a_run_with_pyav_learns_the_same_and_never_asks_for_decord(finetuned, finetuning, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "decord", None)
+    assert main([*finetuning, "--out", str(tmp_path / "run"), "--data.decoder", "pyav"]) == 0
+    for name in ("model/model.safetensors", "evaluation.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (finetuned / name).read_bytes()
 
 
 def test_resuming_with_drop_path_and_mixup_is_exact_to_the_bit(finetuned, finetuning, tmp_path):

@@ -1,14 +1,19 @@
 """Prediction: five classes of each video file, and a file that does not play named while the others are predicted."""
 
 import shutil
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
-from finetune.predict import predict
+from finetune.classifier import load
+from finetune.config import ViewsConfig
+from finetune.predict import clips_of, predict
 from launch.cli import main
-from tests.videos import make_video, truncate
+from tests.videos import make_video, moving_square, truncate
 
 
 def test_the_most_probable_classes_are_printed_best_first(finetuned, tmp_path, capsys):
@@ -50,6 +55,31 @@ def test_a_broken_video_among_good_ones_is_named_and_the_others_are_predicted(fi
     assert main(["predict", broken, missing, "--model", str(finetuned)]) == 2
     said = capsys.readouterr()
     assert (said.out, said.err.count("\n")) == ("", 2)
+
+
+def test_pyav_predicts_what_decord_predicts_and_never_asks_for_it(finetuned, tmp_path, capsys, monkeypatch):
+    command = ["predict", str(make_video(tmp_path / "one.mp4")), "--model", str(finetuned), "--decoder"]
+    assert main([*command, "decord"]) == 0
+    by_decord = capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "decord", None)
+    assert main([*command, "pyav"]) == 0
+    assert capsys.readouterr().out == by_decord
+    with pytest.raises(ImportError, match="decord"):
+        main([*command, "decord"])
+
+
+@pytest.mark.parametrize("rotation", [90, -90, 180])
+def test_a_turned_video_is_seen_upright_with_every_decoder(finetuned, tmp_path, rotation):
+    _, description = load(finetuned)
+    pictures = moving_square(24, 64, 64, seed=3)
+    lying = np.ascontiguousarray(np.rot90(pictures, -rotation // 90, axes=(1, 2)))
+    upright = str(make_video(tmp_path / "upright.mp4", pictures=pictures))
+    turned = str(make_video(tmp_path / "turned.mp4", pictures=lying, rotation=rotation))
+    seen = [clips_of(turned, description, ViewsConfig(), decoder).float() for decoder in ("decord", "pyav", "auto")]
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[0], seen[2])
+    expected = clips_of(upright, description, ViewsConfig()).float()
+    assert (seen[0] - expected).abs().mean() < 4 < (seen[0] - expected.flip(2)).abs().mean()
 
 
 def test_a_file_is_predicted_before_the_next_one_is_read(finetuned, tmp_path):
