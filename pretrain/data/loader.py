@@ -129,6 +129,29 @@ class NoSubstitute(StoppedByRule):
         self.skipped = skipped
 
 
+def clip_key(seed: int, request: Request, repeat: int, purpose: Purpose) -> int:
+    """Returns the key of one purpose of a training clip, which a substitute for its sample shares."""
+    return sample_key(seed, 0, request.epoch, request.position, repeat, purpose)
+
+
+def clip_frames(
+    config: ClipConfig, seed: int, request: Request, frames: int, frame_rate: float
+) -> tuple[np.ndarray, bool]:
+    """Chooses the stored frames of a training clip, which all its repeats share.
+
+    Args:
+        config: The clip.
+        seed: The run's seed.
+        request: What is read.
+        frames: Frames in the sample, as its shard's index says.
+        frame_rate: Its stored frames per second.
+
+    Returns:
+        As `frame_indices`.
+    """
+    return frame_indices(config, frames, frame_rate, uniform(clip_key(seed, request, 0, "time"))[0])
+
+
 class TrainingClips(Dataset):
     """Cuts the clips of one request; a pure function of the request.
 
@@ -161,17 +184,17 @@ class TrainingClips(Dataset):
 
     def _candidates(self, request: Request) -> Iterator[int]:
         yield request.sample
-        key = sample_key(self.seed, 0, request.epoch, request.position, 0, "substitute")
+        key = clip_key(self.seed, request, 0, "substitute")
         yield from (raw_words(key, SUBSTITUTES) % np.uint64(self.shards.samples)).tolist()
 
     def _load(self, number: int, request: Request, skipped: list[dict]) -> _Loaded:
         def key(repeat: int, purpose: Purpose) -> int:
-            return sample_key(self.seed, 0, request.epoch, request.position, repeat, purpose)
+            return clip_key(self.seed, request, repeat, purpose)
 
         clip = self.config.clip
         sample = self.shards.read(number)
         reader = open_video(sample.video)
-        indices, padded = frame_indices(clip, len(reader), sample.frame_rate, uniform(key(0, "time"))[0])
+        indices, padded = clip_frames(clip, self.seed, request, sample.frames, sample.frame_rate)
         frames = torch.from_numpy(reader.read(indices))
         height, width = frames.shape[1:3]
         clips, visible, masked = [], [], []
