@@ -36,8 +36,18 @@ def uniform(key: int, count: int = 1) -> np.ndarray:
 
 
 def permutation(key: int, count: int) -> np.ndarray:
-    """Returns a random order of 0 .. count - 1: the positions that sort `count` raw words."""
-    return np.argsort(raw_words(key, count), kind="stable")
+    """Returns a random order of 0 .. count - 1: the positions that sort `count` raw words, the first of equals first.
+
+    Each position stands in the low bits of its word, since numpy takes half the time to sort numbers that it takes to
+    argsort them; where words differ in these bits alone, they are sorted whole.
+    """
+    words = raw_words(key, count)
+    low_bits = np.uint64((1 << max(count - 1, 0).bit_length()) - 1)
+    packed = (words & ~low_bits) | np.arange(count, dtype=np.uint64)
+    packed.sort()
+    positions = (packed & low_bits).view(np.int64)
+    packed &= ~low_bits
+    return np.argsort(words, kind="stable") if np.any(packed[1:] == packed[:-1]) else positions
 
 
 def torch_seed(key: int) -> int:
