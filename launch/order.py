@@ -13,7 +13,7 @@ from pretrain.commandline import parse
 from pretrain.config import PretrainConfig, RunConfig
 from pretrain.data.reading_list import reading_list
 from pretrain.errors import Refused
-from pretrain.stage import open_shards, order_of
+from pretrain.stage import open_sets, order_of
 
 
 def clips_read(
@@ -39,8 +39,8 @@ def clips_read(
         raise Refused(f"--world: {world} must be at least 1")
     config.accumulation(world)
     first, last = _parse_steps(steps)
-    shards = open_shards("data.shards", config.data.shards, config.data.clip)
-    order = order_of(config, shards)
+    sets = open_sets(config.data)
+    order = order_of(config, *sets)
     total = config.total_steps(order.steps_per_epoch)
     if last > total:
         raise Refused(f"--steps: {last} is past the end of the run, which has {total} steps; end at {total} or before")
@@ -49,7 +49,7 @@ def clips_read(
             f"--resumed-at: {resumed_at} must be at least 0 and before step {first}, the first that is listed"
         )
     masked = isinstance(config, PretrainConfig)
-    listed = reading_list(shards, config.data, order, range(first, last + 1), world, resumed_at, masked)
+    listed = reading_list(sets, config.data, order, range(first, last + 1), world, resumed_at, masked)
     return (clip._asdict() for clip in listed)
 
 

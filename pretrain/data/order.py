@@ -9,6 +9,7 @@ change in the middle of a run, because neither decides which samples a step hold
     position p of the epoch is sample p div lanes of lane p mod lanes: lanes take turns
     step     takes global_batch positions in a row; place j is the j-th of them
     rank     the places in rank order are grouped by lane, so a rank (and its node) reads few lanes
+    mixture  several sets, each with whole lanes of its own and epochs of its own
 
 A step shuffles only the shard windows that it reads, so that neither starting nor resuming depends on the set's size.
 """
@@ -118,20 +119,26 @@ class Order:
     def step(self, step: int, world: int = 1, rank: int = 0) -> Slice:
         """Returns what `rank` of `world` reads in step `step` of the run.
 
-        Only the shard windows that the step reads are shuffled, and kept for the steps that follow.
-
         Raises:
             Refused: `world` does not divide `global_batch`.
         """
-        if self.global_batch % world:
-            raise Refused(
-                f"data.global_batch: {self.global_batch} samples do not divide among {world} processes; "
-                f"use {nearest_multiple(self.global_batch, world, self.lanes)}"
-            )
+        return self.stretch(step, *_stretch_of_rank(self.global_batch, self.lanes, world, rank))
+
+    def parts(self, step: int, world: int = 1, rank: int = 0) -> list[tuple[int, Slice]]:
+        """Returns what `Mixture.parts` does, of a single set."""
+        return [(0, self.step(step, world, rank))]
+
+    def place(self, set_number: int, position: int) -> int:
+        """Returns where the sample at a position of an epoch stands in the global batch."""
+        return position % self.global_batch
+
+    def stretch(self, step: int, first: int, end: int) -> Slice:
+        """Returns what stands from `first` to `end` in rank order in step `step`.
+
+        Only the shard windows that are read are shuffled, and kept for the steps that follow.
+        """
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        per_rank = self.global_batch // world
         per_lane = self.global_batch // self.lanes
-        first, end = rank * per_rank, (rank + 1) * per_rank
         in_rank_order = np.arange(first, end)
         places = in_rank_order // per_lane + (in_rank_order % per_lane) * self.lanes
         samples = []
@@ -150,6 +157,114 @@ class Order:
     @functools.cached_property
     def _lane_epochs(self) -> "dict[int, _LaneEpoch]":
         return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """The order of a whole run over several sets: in each step each of them has the same number of places.
+
+    The lanes of all sets are numbered through, and what a lane reads in a step is as many samples in every set; so the
+    places of a step, and who reads them, are those of a single set with so many lanes. Each set has its own epochs.
+
+    Attributes:
+        sets: The order of each set; its `global_batch` is its share of a step.
+    """
+
+    sets: tuple[Order, ...]
+
+    @property
+    def seed(self) -> int:
+        """The run's seed, which is that of the first set."""
+        return self.sets[0].seed
+
+    @property
+    def lanes(self) -> int:
+        """Lanes of all sets together."""
+        return sum(order.lanes for order in self.sets)
+
+    @property
+    def shards_per_window(self) -> int:
+        """Pieces of shards that are shuffled together, the same in all sets."""
+        return self.sets[0].shards_per_window
+
+    @property
+    def global_batch(self) -> int:
+        """Samples in one step over all ranks and sets."""
+        return sum(order.global_batch for order in self.sets)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole steps that read as many samples as all sets hold; what the length of a run in epochs counts."""
+        return sum(order.samples for order in self.sets) // self.global_batch
+
+    def parts(self, step: int, world: int = 1, rank: int = 0) -> list[tuple[int, Slice]]:
+        """Returns what `rank` of `world` reads in step `step` of the run, as the numbers of sets and the slice of each.
+
+        Epochs and positions are the set's own, places those of the whole global batch.
+
+        Raises:
+            Refused: `world` does not divide `global_batch`.
+        """
+        first, end = _stretch_of_rank(self.global_batch, self.lanes, world, rank)
+        parts = []
+        start = 0
+        for number, order in enumerate(self.sets):
+            low, high = max(first - start, 0), min(end - start, order.global_batch)
+            if low < high:
+                part = order.stretch(step, low, high)
+                places = np.array([self.place(number, position) for position in part.positions.tolist()])
+                parts.append((number, part._replace(places=places)))
+            start += order.global_batch
+        return parts
+
+    def place(self, set_number: int, position: int) -> int:
+        """Returns where the sample at a position of an epoch of a set stands in the global batch."""
+        order = self.sets[set_number]
+        row, lane = divmod(position % order.global_batch, order.lanes)
+        return row * self.lanes + sum(before.lanes for before in self.sets[:set_number]) + lane
+
+
+def lanes_of_sets(weights: dict[str, float], lanes: int) -> list[int]:
+    """Divides lanes among the sets of a mixture.
+
+    Args:
+        weights: The weight of each set, by its folder.
+        lanes: Lanes of all sets together.
+
+    Returns:
+        The lanes of each set, in the order of `weights`.
+
+    Raises:
+        Refused: The weights do not come out even.
+    """
+    total = sum(weights.values())
+    exact = [lanes * weight / total for weight in weights.values()]
+    nearest = [round(share) for share in exact]
+    if min(nearest) >= 1 and all(math.isclose(*pair, rel_tol=1e-9) for pair in zip(exact, nearest, strict=True)):
+        return nearest
+    if len(weights) > lanes:
+        raise Refused(f"data.lanes: {lanes} lanes are too few for the {len(weights)} sets of data.mixture; use more")
+    nearest = [1] * len(exact)
+    for _ in range(lanes - len(exact)):
+        behind = max(range(len(exact)), key=lambda number: exact[number] - nearest[number])
+        nearest[behind] += 1
+    remedy = ", ".join(f"{name}: {share}" for name, share in zip(weights, nearest, strict=True))
+    given = ", ".join(f"{weight:g}" for weight in weights.values())
+    raise Refused(
+        f"data.mixture: the weights {given} do not give each set whole lanes of data.lanes {lanes}; use {remedy}, "
+        f"or other data.lanes"
+    )
+
+
+def _stretch_of_rank(global_batch: int, lanes: int, world: int, rank: int) -> tuple[int, int]:
+    """Returns where a rank's samples begin and end in rank order."""
+    if global_batch % world:
+        raise Refused(
+            f"data.global_batch: {global_batch} samples do not divide among {world} processes; "
+            f"use {nearest_multiple(global_batch, world, lanes)}"
+        )
+    per_rank = global_batch // world
+    return rank * per_rank, (rank + 1) * per_rank
 
 
 class _LaneEpoch:

@@ -25,6 +25,11 @@ def sample_key(seed: int, set_number: int, epoch: int, position: int, repeat: in
     return key_for(seed, set_number, epoch, position, repeat, purpose)
 
 
+def seed_of_set(seed: int, set_number: int) -> int:
+    """Returns the seed of the order of one set of a mixture; the first has the run's."""
+    return key_for(seed, set_number, "set") % 2**63 if set_number else seed
+
+
 def raw_words(key: int, count: int) -> np.ndarray:
     """Returns `count` unsigned 64-bit words of the Philox stream of `key`."""
     return np.random.Philox(key=key).random_raw(count)

@@ -4,11 +4,11 @@ Nothing is decided here: the requests are those that the loader's workers get, a
 functions that the loader calls.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from pretrain.data.loader import DataConfig, MicroBatches, Request, clip_frames, clip_key
-from pretrain.data.order import Order
+from pretrain.data.order import Mixture, Order
 from pretrain.data.shards import ShardSet
 
 
@@ -20,7 +20,8 @@ class Reading(NamedTuple):
         place: Where its sample stands in the global batch, from 0.
         rank: The process that reads it.
         worker: That process's loader worker, None where there are no workers.
-        epoch: The epoch, from 0.
+        set: The set of a mixture, from 0 in the order of the configuration; 0 without a mixture.
+        epoch: The epoch of that set, from 0.
         key: The sample's key.
         repeat: Which of the sample's clips, from 0.
         clip_start: Number of the clip's first stored frame.
@@ -31,6 +32,7 @@ class Reading(NamedTuple):
     place: int
     rank: int
     worker: int | None
+    set: int
     epoch: int
     key: str
     repeat: int
@@ -39,9 +41,9 @@ class Reading(NamedTuple):
 
 
 def reading_list(
-    shards: ShardSet,
+    shards: ShardSet | Sequence[ShardSet],
     config: DataConfig,
-    order: Order,
+    order: Order | Mixture,
     steps: range,
     world: int = 1,
     resumed_at: int = 0,
@@ -52,7 +54,7 @@ def reading_list(
     A sample that cannot be decoded is listed all the same; `skipped.jsonl` tells which had a substitute.
 
     Args:
-        shards: The samples.
+        shards: The samples, of one set or of the sets of a mixture.
         config: Clips, repeats, micro-batches and workers; `world * micro_batch` must divide `global_batch`.
         order: The order of the samples.
         steps: The steps, the first of a run being 1.
@@ -63,6 +65,7 @@ def reading_list(
     Raises:
         Refused: The index of a shard is missing or was changed.
     """
+    sets = (shards,) if isinstance(shards, ShardSet) else shards
     accumulation = order.global_batch // (world * config.micro_batch)
     for step in steps:
         first_batch = (step - 1 - resumed_at) * accumulation
@@ -71,11 +74,12 @@ def reading_list(
             for batch, requests in enumerate(requests_of_rank, first_batch):
                 worker = batch % config.workers if config.workers else None
                 for request in requests:
-                    key, clip_start = _clip_of(shards, config, order.seed, request)
-                    place = request.position % order.global_batch
+                    key, clip_start = _clip_of(sets[request.set_number], config, order.seed, request)
+                    place = order.place(request.set_number, request.position)
                     for repeat in range(config.repeats):
                         mask_seed = f"{clip_key(order.seed, request, repeat, 'mask'):032x}" if masked else None
-                        yield Reading(step, place, rank, worker, request.epoch, key, repeat, clip_start, mask_seed)
+                        who = rank, worker, request.set_number
+                        yield Reading(step, place, *who, request.epoch, key, repeat, clip_start, mask_seed)
 
 
 def _clip_of(shards: ShardSet, config: DataConfig, seed: int, request: Request) -> tuple[str, int]:

@@ -51,7 +51,18 @@ def test_a_run_s_own_configuration_lists_the_samples_that_the_run_met(shards, ru
     positions = {(entry["step"], entry["position"] % 4) for entry in skipped}
     assert positions == {(line["step"], line["place"]) for line in lines if line["key"] in bad_keys}
     assert len(positions) > 2
-    assert list(lines[0]) == ["step", "place", "rank", "worker", "epoch", "key", "repeat", "clip_start", "mask_seed"]
+    assert list(lines[0]) == [
+        "step",
+        "place",
+        "rank",
+        "worker",
+        "set",
+        "epoch",
+        "key",
+        "repeat",
+        "clip_start",
+        "mask_seed",
+    ]
     assert {line["worker"] for line in lines} == {0}
 
 
