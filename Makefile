@@ -26,9 +26,10 @@ lint: .venv/installed ## check the code with ruff and mypy
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: .venv/installed ## measure this machine against peers, as ratios
+bench: .venv/installed ## measure against peers, as ratios, and the order of samples at scale
 	@$(BIN)/python -m tests.benchmarks.mae_step
 	@$(BIN)/python -m tests.benchmarks.decode
+	@$(BIN)/python -m tests.benchmarks.order_scale
 
 clean: ## remove .venv and runs
 	rm -rf .venv runs

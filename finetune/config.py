@@ -108,6 +108,8 @@ class FinetuneConfig(RunConfig):
     def validate(self) -> None:
         """Raises `Refused` for whatever is wrong, before anything is allocated."""
         self.validate_run()
+        if self.data.mixture is not None:
+            raise Refused("data.mixture: is for pretraining; finetuning reads one labelled set, give data.shards")
         self.head.validate()
         self.mixing.validate(self.data.micro_batch)
         self.views.validate()

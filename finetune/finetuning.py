@@ -96,7 +96,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     }
     with (
         start_processes(config) as processes,
-        open_stage(config, processes, "finetune", order, shards, trained) as run,
+        open_stage(config, processes, "finetune", order, (shards,), trained) as run,
     ):
         if is_finished(run, steps):
             return say_finished(run)

@@ -6,6 +6,8 @@ accelerate, deepspeed and srun can start them. Whatever is slow to import is imp
 
 import argparse
 import importlib.metadata
+import json
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn, get_args
@@ -20,6 +22,7 @@ USAGE = """tubelet COMMAND ...
   finetune            train a classifier on labelled shards, from an encoder or from scratch
   evaluate            measure a classifier on labelled shards
   predict             name the five most probable classes of video files
+  order               list the clips that each step of a run reads, without decoding any
   demo                all of it in minutes, on videos that it makes itself
 
 tubelet COMMAND --help tells the options of a command."""
@@ -34,6 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         "finetune": _finetune,
         "evaluate": _evaluate,
         "predict": _predict,
+        "order": _order,
         "demo": _demo,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -98,7 +102,7 @@ def _predict(arguments: list[str]) -> int:
     from pretrain.commandline import run_command
     from pretrain.data.video import DecoderName
 
-    parser = _PredictParser(prog="tubelet predict", allow_abbrev=False)
+    parser = _Parser(prog="tubelet predict", allow_abbrev=False)
     parser.add_argument("files", nargs="+", metavar="FILE", help="video files")
     parser.add_argument("--model", required=True, help="model folder or finetuning run")
     parser.add_argument("--decoder", default="auto", choices=get_args(DecoderName), help="who decodes")
@@ -122,6 +126,36 @@ def _predict(arguments: list[str]) -> int:
     return EXIT_FAILED if any(predicted) else EXIT_REFUSED
 
 
+def _order(arguments: list[str]) -> int:
+    from pretrain.commandline import run_command, with_underscores
+
+    parser = _Parser(
+        prog="tubelet order",
+        allow_abbrev=False,
+        description="Lists the clips that each rank reads in each step, as JSON lines, without decoding a frame.",
+        epilog="Any field of the configuration can be set too, such as --data.shards SHARDS or --seed 1.",
+    )
+    parser.add_argument("--config", required=True, metavar="NAME", help="a pretraining recipe, or a run's config.yaml")
+    parser.add_argument("--steps", required=True, metavar="A:B", help="first and last step; metrics.jsonl counts alike")
+    parser.add_argument("--world", type=int, default=1, help="processes of the run (1)")
+    parser.add_argument("--workers", help="loader processes of each; the configuration's if not given")
+    parser.add_argument("--resumed_at", type=int, default=0, help="steps done when the attempt started (0)")
+
+    def command() -> None:
+        parsed, overrides = parser.parse_known_args(with_underscores(arguments))
+        from launch.order import clips_read
+
+        overrides += [] if parsed.workers is None else [f"--data.workers={parsed.workers}"]
+        try:
+            for clip in clips_read(parsed.config, overrides, parsed.steps, parsed.world, parsed.resumed_at):
+                print(json.dumps(clip))
+            sys.stdout.flush()
+        except BrokenPipeError:  # `| head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    return run_command(command)
+
+
 def _demo(arguments: list[str]) -> int:
     from pretrain.commandline import parse_plain, run_command
     from pretrain.engine.progress import set_up_logging
@@ -135,7 +169,7 @@ def _demo(arguments: list[str]) -> int:
     return run_command(command)
 
 
-class _PredictParser(argparse.ArgumentParser):
+class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raises `Refused` in place of printing the usage."""
         raise Refused(f"{self.prog}: {message}; see {self.prog} --help")

@@ -46,6 +46,7 @@ class RunConfig:
 
     EITHER_OR: ClassVar[tuple[tuple[str, str], ...]] = (
         ("steps", "epochs"),
+        ("data.shards", "data.mixture"),
         ("data.clip.frame_rate", "data.clip.stride"),
         ("optimizer.warmup_epochs", "optimizer.warmup_steps"),
     )
@@ -81,7 +82,9 @@ class RunConfig:
 
     def validate_run(self) -> None:
         """Raises `Refused` for whatever is wrong with the shared fields."""
-        if not self.data.shards:
+        if self.data.shards and self.data.mixture is not None:
+            raise Refused("data.shards, data.mixture: give one of them")
+        if not self.data.shards and self.data.mixture is None:
             raise Refused("data.shards: is missing; give a folder that `tubelet pack` wrote")
         if (self.steps is None) == (self.epochs is None):
             raise Refused("steps, epochs: give exactly one of them")

@@ -27,6 +27,7 @@ from pretrain.stage import (
     curve_figures,
     is_finished,
     named_fields,
+    open_sets,
     open_shards,
     open_stage,
     order_of,
@@ -63,11 +64,11 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         StoppedByRule: The run was stopped; its checkpoints are whole.
     """
     validate(config)
-    shards = open_shards("data.shards", config.data.shards, config.data.clip)
+    sets = open_sets(config.data)
     held_out = None
     if config.validation.shards:
         held_out = open_shards("validation.shards", config.validation.shards, config.data.clip)
-    order = order_of(config, shards)
+    order = order_of(config, *sets)
     steps = config.total_steps(order.steps_per_epoch)
     initial = initial_weights(config, config.init) if config.init else None
     trained = {
@@ -75,7 +76,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         **named_fields("decoder", config.decoder),
         **named_fields("mask", config.mask),
     }
-    with start_processes(config) as processes, open_stage(config, processes, "pretrain", order, shards, trained) as run:
+    with start_processes(config) as processes, open_stage(config, processes, "pretrain", order, sets, trained) as run:
         if is_finished(run, steps):
             return say_finished(run)
         torch.manual_seed(config.seed)
@@ -90,14 +91,14 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
             order,
             steps,
             autoencoder,
-            TrainingClips(shards, config.data, config.seed, draw),
+            TrainingClips(sets, config.data, config.seed, draw),
             reconstruction_loss,
             validation=validation,
             validate_every=config.validation.every,
             export=functools.partial(export_encoder, config, run),
         )
         done = max(run.first_step, steps)
-        strips = save_reconstructions(config, run, done, model, held_out or shards)
+        strips = save_reconstructions(config, run, done, model, held_out or sets[0])
         summary = summarise(run, done)
         processes.on_main_only(lambda: write_pretraining_report(config, run.out, summary, strips))
         run.finish(summary)

@@ -12,8 +12,9 @@ from torch import nn
 from pretrain.commandline import find_recipe, met_by_every_rank, to_dict, to_yaml
 from pretrain.config import RunConfig
 from pretrain.data.clips import ClipConfig
-from pretrain.data.loader import MicroBatches, TrainingClips, training_batches
-from pretrain.data.order import Order
+from pretrain.data.loader import DataConfig, MicroBatches, TrainingClips, training_batches
+from pretrain.data.order import Mixture, Order, lanes_of_sets, nearest_divisor
+from pretrain.data.randomness import seed_of_set
 from pretrain.data.shards import ShardSet
 from pretrain.engine.distributed import Processes, launched_world
 from pretrain.engine.optimizer import build_optimizer, build_schedule
@@ -57,10 +58,38 @@ def refuse_stride_on_resampled(field: str, shards: ShardSet, clip: ClipConfig) -
         )
 
 
-def order_of(config: RunConfig, shards: ShardSet) -> Order:
-    """Returns the order of samples of a run."""
+def open_sets(data: DataConfig) -> tuple[ShardSet, ...]:
+    """Opens the set of a run, or the sets of its mixture; raises `Refused` as `open_shards` does."""
+    if data.mixture is None:
+        return (open_shards("data.shards", data.shards, data.clip),)
+    return tuple(open_shards("data.mixture", folder, data.clip) for folder in data.mixture)
+
+
+def order_of(config: RunConfig, *sets: ShardSet) -> Order | Mixture:
+    """Returns the order of samples of a run over its set, or over the sets of its mixture.
+
+    Raises:
+        Refused: The lanes, the weights or the samples do not come out even, or a set is too small.
+    """
     data = config.data
-    return Order(shards.samples_per_shard, config.seed, data.lanes, data.shards_per_window, data.global_batch)
+    if data.mixture is None:
+        return Order(sets[0].samples_per_shard, config.seed, data.lanes, data.shards_per_window, data.global_batch)
+    if data.global_batch % data.lanes:
+        raise Refused(
+            f"data.lanes: {data.lanes} lanes do not divide data.global_batch {data.global_batch}; "
+            f"use {nearest_divisor(data.global_batch, data.lanes)}"
+        )
+    orders = []
+    for number, (shards, lanes) in enumerate(zip(sets, lanes_of_sets(data.mixture, data.lanes), strict=True)):
+        places = lanes * (data.global_batch // data.lanes)
+        if shards.samples < places:
+            raise Refused(
+                f"data.mixture: {shards.folder} holds {shards.samples} samples, fewer than the {places} that a step "
+                f"takes of it; lower its weight or add samples"
+            )
+        seed = seed_of_set(config.seed, number)
+        orders.append(Order(shards.samples_per_shard, seed, lanes, data.shards_per_window, places))
+    return Mixture(tuple(orders))
 
 
 def validate(config: RunConfig) -> None:
@@ -90,8 +119,8 @@ def open_stage(
     config: RunConfig,
     processes: Processes,
     stage: str,
-    order: Order,
-    shards: ShardSet,
+    order: Order | Mixture,
+    sets: tuple[ShardSet, ...],
     trained: dict[str, Any],
 ) -> AbstractContextManager[Run]:
     """Opens the run's folder; see `open_run`.
@@ -101,12 +130,16 @@ def open_stage(
         processes: All processes of the run.
         stage: `pretrain` or `finetune`.
         order: The order of the samples.
-        shards: The training set.
+        sets: The training set, or the sets of a mixture.
         trained: What is trained, by the full names of its fields. Like the samples and their order it must not change
             between attempts.
     """
+    mixture = None
+    if isinstance(order, Mixture):
+        mixture = [[shards.fingerprint, part.lanes] for shards, part in zip(sets, order.sets, strict=True)]
     identity = {
-        "data.shards": shards.fingerprint,
+        "data.shards": sets[0].fingerprint if isinstance(order, Order) else None,
+        "data.mixture": mixture,
         "seed": config.seed,
         "data.global_batch": order.global_batch,
         "data.lanes": order.lanes,
@@ -129,7 +162,7 @@ def open_stage(
 def train(
     config: RunConfig,
     run: Run,
-    order: Order,
+    order: Order | Mixture,
     steps: int,
     model: nn.Module,
     clips: TrainingClips,

@@ -24,3 +24,15 @@ def packed_shards(tmp_path_factory) -> Path:
         make_video(folder / "videos" / name, frames=10 + 2 * number, seed=number)
     pack(PackConfig(source=str(folder / "videos"), out=str(folder / "shards"), samples_per_shard=4, jobs=1))
     return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def other_shards(tmp_path_factory) -> Path:
+    """A folder of two shards: 5 unlabelled videos of 15 frames, for mixtures."""
+    from pretrain.data.pack import PackConfig, pack
+
+    folder = tmp_path_factory.mktemp("other-shards")
+    for number in range(5):
+        make_video(folder / "videos" / f"other-{number}.mp4", frames=15, seed=50 + number)
+    pack(PackConfig(source=str(folder / "videos"), out=str(folder / "shards"), samples_per_shard=3, jobs=1))
+    return folder / "shards"

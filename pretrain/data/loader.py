@@ -7,6 +7,7 @@ not be inherited across a fork.
 
 import dataclasses
 import logging
+import math
 import multiprocessing
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from pretrain.data.clips import ClipConfig, cut, frame_indices, is_mirrored, training_box, view_box
-from pretrain.data.order import Order
+from pretrain.data.order import Mixture, Order
 from pretrain.data.processes import become_worker, fork_server
 from pretrain.data.randomness import Purpose, raw_words, sample_key, uniform
 from pretrain.data.shards import Sample, ShardSet
@@ -40,6 +41,8 @@ class DataConfig:
 
     shards: str | None = None
     """Folder of shards, written by `tubelet pack`."""
+    mixture: dict[str, float] | None = None
+    """Several folders of shards in place of one, each with its weight: its share of every step."""
     clip: ClipConfig = dataclasses.field(default_factory=ClipConfig)
     """How a clip is cut from a sample."""
     repeats: int = 1
@@ -64,6 +67,11 @@ class DataConfig:
         for name in ("repeats", "global_batch", "micro_batch", "lanes", "shards_per_window"):
             if getattr(self, name) < 1:
                 raise Refused(f"data.{name}: {getattr(self, name)} must be at least 1")
+        if self.mixture is not None and not self.mixture:
+            raise Refused("data.mixture: holds no set; give folders of shards with their weights")
+        for folder, weight in (self.mixture or {}).items():
+            if not 0 < weight < math.inf:
+                raise Refused(f"data.mixture: the weight {weight} of {folder} must be finite and greater than 0")
         if self.workers < 0:
             raise Refused(f"data.workers: {self.workers} must not be negative")
         if not 0 <= self.max_bad_share <= 1:
@@ -71,11 +79,12 @@ class DataConfig:
 
 
 class Request(NamedTuple):
-    """One sample to read: its number, and the (epoch, position) that all its random draws follow from."""
+    """One sample to read: its number, and the (set, epoch, position) that all its random draws follow from."""
 
     sample: int
     epoch: int
     position: int
+    set_number: int = 0
 
 
 class Batch(NamedTuple):
@@ -131,19 +140,48 @@ class NoSubstitute(StoppedByRule):
         self.skipped = skipped
 
 
+def clip_key(seed: int, request: Request, repeat: int, purpose: Purpose) -> int:
+    """Returns the key of one purpose of a training clip, which a substitute for its sample shares."""
+    return sample_key(seed, request.set_number, request.epoch, request.position, repeat, purpose)
+
+
+def clip_frames(
+    config: ClipConfig, seed: int, request: Request, frames: int, frame_rate: float
+) -> tuple[np.ndarray, bool]:
+    """Chooses the stored frames of a training clip, which all its repeats share.
+
+    Args:
+        config: The clip.
+        seed: The run's seed.
+        request: What is read.
+        frames: Frames in the sample, as its shard's index says.
+        frame_rate: Its stored frames per second.
+
+    Returns:
+        As `frame_indices`.
+    """
+    return frame_indices(config, frames, frame_rate, uniform(clip_key(seed, request, 0, "time"))[0])
+
+
 class TrainingClips(Dataset):
     """Cuts the clips of one request; a pure function of the request.
 
     Args:
-        shards: The samples.
+        shards: The samples, of one set or of the sets of a mixture.
         config: Clips and repeats.
         seed: The run's seed.
         draw_mask: Draws the mask of a clip from its keys; None where the model takes all tokens.
     """
 
-    def __init__(self, shards: ShardSet, config: DataConfig, seed: int, draw_mask: MaskFunction | None = None) -> None:
+    def __init__(
+        self,
+        shards: ShardSet | Sequence[ShardSet],
+        config: DataConfig,
+        seed: int,
+        draw_mask: MaskFunction | None = None,
+    ) -> None:
         """Keeps the arguments; opens nothing."""
-        self.shards = shards
+        self.sets = (shards,) if isinstance(shards, ShardSet) else tuple(shards)
         self.config = config
         self.seed = seed
         self.draw_mask = draw_mask
@@ -151,29 +189,30 @@ class TrainingClips(Dataset):
     def __getitem__(self, request: Request) -> _Loaded | _Lost:
         """Returns the R clips of a request, from a substitute where its sample is bad."""
         skipped: list[dict] = []
+        shards = self.sets[request.set_number]
         for sample in self._candidates(request):
             try:
                 return self._load(sample, request, skipped)
             except BadSample as error:
                 skipped.append(
-                    {"key": self.shards.key(sample), "reason": str(error)}
+                    {"key": shards.key(sample), "reason": str(error), "set": request.set_number}
                     | {"epoch": request.epoch, "position": request.position}
                 )
         return _Lost(skipped)
 
     def _candidates(self, request: Request) -> Iterator[int]:
         yield request.sample
-        key = sample_key(self.seed, 0, request.epoch, request.position, 0, "substitute")
-        yield from (raw_words(key, SUBSTITUTES) % np.uint64(self.shards.samples)).tolist()
+        key = clip_key(self.seed, request, 0, "substitute")
+        yield from (raw_words(key, SUBSTITUTES) % np.uint64(self.sets[request.set_number].samples)).tolist()
 
     def _load(self, number: int, request: Request, skipped: list[dict]) -> _Loaded:
         def key(repeat: int, purpose: Purpose) -> int:
-            return sample_key(self.seed, 0, request.epoch, request.position, repeat, purpose)
+            return clip_key(self.seed, request, repeat, purpose)
 
         clip = self.config.clip
-        sample = self.shards.read(number)
+        sample = self.sets[request.set_number].read(number)
         reader = open_video(sample.video, self.config.decoder)
-        indices, padded = frame_indices(clip, len(reader), sample.frame_rate, uniform(key(0, "time"))[0])
+        indices, padded = clip_frames(clip, self.seed, request, sample.frames, sample.frame_rate)
         frames = torch.from_numpy(reader.read(indices))
         height, width = frames.shape[1:3]
         clips, visible, masked = [], [], []
@@ -214,7 +253,7 @@ def collate(loaded: Sequence[_Loaded]) -> Batch:
 class MicroBatches:
     """The requests of one rank, micro-batch by micro-batch, from one step of the run to another."""
 
-    def __init__(self, order: Order, steps: range, micro_batch: int, world: int, rank: int) -> None:
+    def __init__(self, order: Order | Mixture, steps: range, micro_batch: int, world: int, rank: int) -> None:
         """Keeps the arguments; `world * micro_batch` must divide the order's global batch."""
         self.order = order
         self.steps = steps
@@ -229,10 +268,10 @@ class MicroBatches:
     def __iter__(self) -> Iterator[list[Request]]:
         """Yields the requests of one micro-batch after the other."""
         for step in self.steps:
-            part = self.order.step(step, self.world, self.rank)
             requests = [
-                Request(int(sample), part.epoch, int(position))
-                for sample, position in zip(part.samples, part.positions, strict=True)
+                Request(sample, part.epoch, position, set_number)
+                for set_number, part in self.order.parts(step, self.world, self.rank)
+                for sample, position in zip(part.samples.tolist(), part.positions.tolist(), strict=True)
             ]
             for start in range(0, len(requests), self.micro_batch):
                 yield requests[start : start + self.micro_batch]
@@ -246,7 +285,7 @@ def training_batches(clips: TrainingClips, requests: MicroBatches, pin_memory: b
     """
     for batch in _loader(clips, requests, clips.config.workers, _collate_unless_lost, pin_memory):
         if isinstance(batch, _Lost):
-            raise _no_substitute(clips.shards, batch.skipped)
+            raise _no_substitute(clips.sets[batch.skipped[-1]["set"]], batch.skipped)
         yield batch
 
 

@@ -9,10 +9,15 @@ change in the middle of a run, because neither decides which samples a step hold
     position p of the epoch is sample p div lanes of lane p mod lanes: lanes take turns
     step     takes global_batch positions in a row; place j is the j-th of them
     rank     the places in rank order are grouped by lane, so a rank (and its node) reads few lanes
+    mixture  several sets, each with whole lanes of its own and epochs of its own
+
+A step shuffles only the shard windows that it reads, so that neither starting nor resuming depends on the set's size.
 """
 
+import bisect
 import dataclasses
 import functools
+import itertools
 import math
 from typing import NamedTuple
 
@@ -80,23 +85,20 @@ class Order:
         return self.samples // self.global_batch
 
     @functools.cached_property
-    def lane_pieces(self) -> list[list[np.ndarray]]:
-        """For each lane its pieces of shards, each an array of sample numbers in the order of the line."""
-        starts = np.concatenate([[0], np.cumsum(self.samples_per_shard)])
-        shard_order = permutation(key_for(self.seed, "shards"), len(self.samples_per_shard))
-        bounds = np.cumsum([0] + [self.samples_in_lane(lane) for lane in range(self.lanes)])
-        pieces: list[list[np.ndarray]] = [[] for _ in range(self.lanes)]
-        line = 0
-        for shard in shard_order:
-            numbers = np.arange(starts[shard], starts[shard + 1])
-            first_lane = int(np.searchsorted(bounds, line, side="right")) - 1
-            for lane in range(max(first_lane, 0), self.lanes):
-                low, high = max(bounds[lane] - line, 0), min(bounds[lane + 1] - line, len(numbers))
-                if low >= len(numbers):
-                    break
-                if high > low:
-                    pieces[lane].append(numbers[low:high])
-            line += len(numbers)
+    def lane_pieces(self) -> list[list[range]]:
+        """For each lane its pieces of shards, each the sample numbers from one to another, in the order of the line."""
+        sizes = np.asarray(self.samples_per_shard)
+        shard_order = permutation(key_for(self.seed, "shards"), len(sizes))
+        line_starts = np.cumsum([0, *sizes[shard_order]])
+        lane_starts = np.cumsum([0] + [self.samples_in_lane(lane) for lane in range(self.lanes)])
+        cuts = np.unique(np.concatenate([line_starts, lane_starts]))
+        begins, lengths = cuts[:-1], np.diff(cuts)
+        shards = np.searchsorted(line_starts, begins, side="right") - 1
+        first_numbers = (np.cumsum(sizes) - sizes)[shard_order[shards]] + begins - line_starts[shards]
+        lanes = np.searchsorted(lane_starts, begins, side="right") - 1
+        pieces: list[list[range]] = [[] for _ in range(self.lanes)]
+        for lane, first, length in zip(lanes.tolist(), first_numbers.tolist(), lengths.tolist(), strict=True):
+            pieces[lane].append(range(first, first + length))
         return pieces
 
     def samples_in_lane(self, lane: int) -> int:
@@ -105,17 +107,14 @@ class Order:
 
     def lane_order(self, epoch: int, lane: int) -> np.ndarray:
         """Returns the sample numbers of a lane in the order in which epoch `epoch` reads them."""
-        pieces = self.lane_pieces[lane]
-        piece_order = permutation(key_for(self.seed, epoch, lane, "lane"), len(pieces))
-        shard_windows = []
-        for number, start in enumerate(range(0, len(pieces), self.shards_per_window)):
-            members = np.concatenate([pieces[piece] for piece in piece_order[start : start + self.shards_per_window]])
-            shard_windows.append(members[permutation(key_for(self.seed, epoch, lane, number, "window"), len(members))])
-        return np.concatenate(shard_windows) if shard_windows else np.empty(0, dtype=np.int64)
+        return _LaneEpoch(self, epoch, lane).rows(0, self.samples_in_lane(lane))
 
     def epoch_order(self, epoch: int) -> np.ndarray:
         """Returns `(samples,)` sample numbers: entry p is the sample at position p of the epoch."""
-        return _epoch_order(self, epoch)
+        interleaved = np.empty(self.samples, dtype=np.int64)
+        for lane in range(self.lanes):
+            interleaved[lane :: self.lanes] = self.lane_order(epoch, lane)
+        return interleaved
 
     def step(self, step: int, world: int = 1, rank: int = 0) -> Slice:
         """Returns what `rank` of `world` reads in step `step` of the run.
@@ -123,26 +122,183 @@ class Order:
         Raises:
             Refused: `world` does not divide `global_batch`.
         """
-        if self.global_batch % world:
-            raise Refused(
-                f"data.global_batch: {self.global_batch} samples do not divide among {world} processes; "
-                f"use {nearest_multiple(self.global_batch, world, self.lanes)}"
-            )
+        return self.stretch(step, *_stretch_of_rank(self.global_batch, self.lanes, world, rank))
+
+    def parts(self, step: int, world: int = 1, rank: int = 0) -> list[tuple[int, Slice]]:
+        """Returns what `Mixture.parts` does, of a single set."""
+        return [(0, self.step(step, world, rank))]
+
+    def place(self, set_number: int, position: int) -> int:
+        """Returns where the sample at a position of an epoch stands in the global batch."""
+        return position % self.global_batch
+
+    def stretch(self, step: int, first: int, end: int) -> Slice:
+        """Returns what stands from `first` to `end` in rank order in step `step`.
+
+        Only the shard windows that are read are shuffled, and kept for the steps that follow.
+        """
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        per_rank = self.global_batch // world
-        in_rank_order = np.arange(rank * per_rank, (rank + 1) * per_rank)
         per_lane = self.global_batch // self.lanes
+        in_rank_order = np.arange(first, end)
         places = in_rank_order // per_lane + (in_rank_order % per_lane) * self.lanes
-        positions = step_in_epoch * self.global_batch + places
-        return Slice(epoch, places, positions, self.epoch_order(epoch)[positions])
+        samples = []
+        for lane in range(first // per_lane, -(-end // per_lane)):
+            low, high = max(first - lane * per_lane, 0), min(end - lane * per_lane, per_lane)
+            row = step_in_epoch * per_lane
+            samples.append(self._lane_epoch(epoch, lane).rows(row + low, row + high))
+        return Slice(epoch, places, step_in_epoch * self.global_batch + places, np.concatenate(samples))
+
+    def _lane_epoch(self, epoch: int, lane: int) -> "_LaneEpoch":
+        kept = self._lane_epochs.get(lane)
+        if kept is None or kept.epoch != epoch:
+            kept = self._lane_epochs[lane] = _LaneEpoch(self, epoch, lane)
+        return kept
+
+    @functools.cached_property
+    def _lane_epochs(self) -> "dict[int, _LaneEpoch]":
+        return {}
 
 
-@functools.lru_cache(maxsize=2)
-def _epoch_order(order: Order, epoch: int) -> np.ndarray:
-    interleaved = np.empty(order.samples, dtype=np.int64)
-    for lane in range(order.lanes):
-        interleaved[lane :: order.lanes] = order.lane_order(epoch, lane)
-    return interleaved
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """The order of a whole run over several sets: in each step each of them has the same number of places.
+
+    The lanes of all sets are numbered through, and what a lane reads in a step is as many samples in every set; so the
+    places of a step, and who reads them, are those of a single set with so many lanes. Each set has its own epochs.
+
+    Attributes:
+        sets: The order of each set; its `global_batch` is its share of a step.
+    """
+
+    sets: tuple[Order, ...]
+
+    @property
+    def seed(self) -> int:
+        """The run's seed, which is that of the first set."""
+        return self.sets[0].seed
+
+    @property
+    def lanes(self) -> int:
+        """Lanes of all sets together."""
+        return sum(order.lanes for order in self.sets)
+
+    @property
+    def shards_per_window(self) -> int:
+        """Pieces of shards that are shuffled together, the same in all sets."""
+        return self.sets[0].shards_per_window
+
+    @property
+    def global_batch(self) -> int:
+        """Samples in one step over all ranks and sets."""
+        return sum(order.global_batch for order in self.sets)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole steps that read as many samples as all sets hold; what the length of a run in epochs counts."""
+        return sum(order.samples for order in self.sets) // self.global_batch
+
+    def parts(self, step: int, world: int = 1, rank: int = 0) -> list[tuple[int, Slice]]:
+        """Returns what `rank` of `world` reads in step `step` of the run, as the numbers of sets and the slice of each.
+
+        Epochs and positions are the set's own, places those of the whole global batch.
+
+        Raises:
+            Refused: `world` does not divide `global_batch`.
+        """
+        first, end = _stretch_of_rank(self.global_batch, self.lanes, world, rank)
+        parts = []
+        start = 0
+        for number, order in enumerate(self.sets):
+            low, high = max(first - start, 0), min(end - start, order.global_batch)
+            if low < high:
+                part = order.stretch(step, low, high)
+                places = np.array([self.place(number, position) for position in part.positions.tolist()])
+                parts.append((number, part._replace(places=places)))
+            start += order.global_batch
+        return parts
+
+    def place(self, set_number: int, position: int) -> int:
+        """Returns where the sample at a position of an epoch of a set stands in the global batch."""
+        order = self.sets[set_number]
+        row, lane = divmod(position % order.global_batch, order.lanes)
+        return row * self.lanes + sum(before.lanes for before in self.sets[:set_number]) + lane
+
+
+def lanes_of_sets(weights: dict[str, float], lanes: int) -> list[int]:
+    """Divides lanes among the sets of a mixture.
+
+    Args:
+        weights: The weight of each set, by its folder.
+        lanes: Lanes of all sets together.
+
+    Returns:
+        The lanes of each set, in the order of `weights`.
+
+    Raises:
+        Refused: The weights do not come out even.
+    """
+    total = sum(weights.values())
+    exact = [lanes * weight / total for weight in weights.values()]
+    nearest = [round(share) for share in exact]
+    if min(nearest) >= 1 and all(math.isclose(*pair, rel_tol=1e-9) for pair in zip(exact, nearest, strict=True)):
+        return nearest
+    if len(weights) > lanes:
+        raise Refused(f"data.lanes: {lanes} lanes are too few for the {len(weights)} sets of data.mixture; use more")
+    nearest = [1] * len(exact)
+    for _ in range(lanes - len(exact)):
+        behind = max(range(len(exact)), key=lambda number: exact[number] - nearest[number])
+        nearest[behind] += 1
+    remedy = ", ".join(f"{name}: {share}" for name, share in zip(weights, nearest, strict=True))
+    given = ", ".join(f"{weight:g}" for weight in weights.values())
+    raise Refused(
+        f"data.mixture: the weights {given} do not give each set whole lanes of data.lanes {lanes}; use {remedy}, "
+        f"or other data.lanes"
+    )
+
+
+def _stretch_of_rank(global_batch: int, lanes: int, world: int, rank: int) -> tuple[int, int]:
+    """Returns where a rank's samples begin and end in rank order."""
+    if global_batch % world:
+        raise Refused(
+            f"data.global_batch: {global_batch} samples do not divide among {world} processes; "
+            f"use {nearest_multiple(global_batch, world, lanes)}"
+        )
+    per_rank = global_batch // world
+    return rank * per_rank, (rank + 1) * per_rank
+
+
+class _LaneEpoch:
+    """The order of one lane in one epoch, shuffled shard window by shard window as it is read."""
+
+    def __init__(self, order: Order, epoch: int, lane: int) -> None:
+        self.epoch = epoch
+        self._key_parts = (order.seed, epoch, lane)
+        self._pieces_per_window = order.shards_per_window
+        pieces = order.lane_pieces[lane]
+        self._pieces = [pieces[piece] for piece in permutation(key_for(*self._key_parts, "lane"), len(pieces))]
+        ends = itertools.accumulate(map(len, self._pieces))
+        self._starts = [0, *ends][:: self._pieces_per_window]
+        self._kept: tuple[int, np.ndarray] | None = None
+
+    def rows(self, first: int, end: int) -> np.ndarray:
+        """Returns `(end - first,)` sample numbers, those that the lane reads from `first` on."""
+        number = bisect.bisect_right(self._starts, first) - 1
+        parts = []
+        while first < end:
+            start, members = self._starts[number], self._window(number)
+            parts.append(members[first - start : end - start])
+            first = start + len(members)
+            number += 1
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _window(self, number: int) -> np.ndarray:
+        if self._kept is None or self._kept[0] != number:
+            first = number * self._pieces_per_window
+            pieces = self._pieces[first : first + self._pieces_per_window]
+            members = np.concatenate([np.arange(piece.start, piece.stop) for piece in pieces])
+            shuffled = members[permutation(key_for(*self._key_parts, number, "window"), len(members))]
+            self._kept = number, shuffled
+        return self._kept[1]
 
 
 def evaluation_slice(samples: int, world: int, rank: int) -> tuple[np.ndarray, np.ndarray]:

@@ -304,7 +304,7 @@ def test_a_sample_without_a_good_substitute_stops_the_run_in_one_line_and_is_rep
     assert caught.value.exit_code == EXIT_STOPPED
     requests = next(iter(MicroBatches(order_of(shards), STEPS, CONFIG.micro_batch, 1, 0)))
     assert len(reports) == len(requests) * (SUBSTITUTES + 1), "of both samples of the micro-batch"
-    assert {(report["epoch"], report["position"]) for report in reports} == {request[1:] for request in requests}
+    assert {(report["epoch"], report["position"]) for report in reports} == {request[1:3] for request in requests}
     assert {shards.key(request.sample) for request in requests} <= {report["key"] for report in reports}
     assert all(report["key"] in said for report in reports)
     assert set(caplog.messages) == {f"{report['key']}: {report['reason']}" for report in reports}

@@ -1,7 +1,11 @@
 """The order of samples, point by point as the design states it, over many sizes, lanes, shard windows and worlds."""
 
 import collections
+import dataclasses
 import hashlib
+import json
+import math
+import tracemalloc
 from typing import NamedTuple
 
 import numpy as np
@@ -9,9 +13,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pretrain.data.clips import ClipConfig
+from pretrain.data.loader import DataConfig
 from pretrain.data.order import Order, evaluation_slice, nearest_divisor, nearest_multiple
 from pretrain.data.randomness import key_for, permutation
+from pretrain.data.reading_list import Reading, reading_list
+from pretrain.data.shard_writer import PackedSample, write_shard
+from pretrain.data.shards import ShardSet
+from pretrain.data.transcode import Transcoded
 from pretrain.errors import Refused
+from tests.benchmarks.order_scale import shards_read, simulated_order
 
 EXAMPLES = settings(max_examples=40, deadline=None)
 
@@ -185,6 +196,126 @@ def test_an_order_never_changes_between_versions():
     steps = np.concatenate([np.concatenate(order.step(step, 2, 1)[1:]) for step in range(8)])
     content = first.astype("<i8").tobytes() + steps.astype("<i8").tobytes()
     assert hashlib.sha256(content).hexdigest() == "92e3efee723047bb6265d055668bcb5cc8ace7d50bc1f75d56e26fc3e265ec36"
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [
+        (Order((400,) * 30, 0, 8, 8, 64), "d4b402ce713e86449971198266382269"),
+        (Order((37, 512, 1, 90) * 25, 2**40 + 1, 16, 3, 240), "0eccebca276017419b007d66fa6f27f9"),
+        (Order((5000, 1, 2999), 7, 2, 8, 100), "e7fee5628adf74dc09ed4830dbf1ccdd"),
+        (Order((1,) * 50, 1, 10, 2, 50), "fd45947ff37052708336ad7f62000028"),
+    ],
+)
+def test_large_orders_never_change_between_versions(order, expected):
+    content = b"".join(order.epoch_order(epoch).astype("<i8").tobytes() for epoch in (0, 1, 7))
+    for step in (0, 3, order.steps_per_epoch, 5 * order.steps_per_epoch - 1):
+        parts = [np.concatenate(order.step(step, 2, rank)[1:]) for rank in (1, 0)]
+        content += b"".join(part.astype("<i8").tobytes() for part in parts)
+    assert hashlib.sha256(content).hexdigest()[:32] == expected
+
+
+def test_a_step_does_not_depend_on_the_steps_read_before():
+    order = Order((37, 12, 1, 90) * 4, 3, 4, 3, 16)
+    forwards = [order.step(step, 2, 1).samples.tolist() for step in range(3 * order.steps_per_epoch)]
+    for step in (*reversed(range(len(forwards))), 5, 40, 6, 7):
+        assert order.step(step, 2, 1).samples.tolist() == forwards[step]
+        assert Order((37, 12, 1, 90) * 4, 3, 4, 3, 16).step(step, 2, 1).samples.tolist() == forwards[step]
+
+
+def test_a_step_holds_no_more_than_the_shard_windows_that_it_reads():
+    order = Order((500,) * 2000, 0, 64, 4, 128)
+    assert len(order.lane_pieces) == 64, "made before measuring: a small table of all shards"
+    tracemalloc.start()
+    order.step(3000, 64, 7)
+    held_bytes, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held_bytes < 2.5 * 8 * 4 * 500
+    assert peak_bytes < 8 * order.samples / 16
+
+
+@pytest.mark.parametrize("nodes", [1, 4, 16, 64])
+def test_a_node_reads_its_share_of_shards_of_many_sizes(nodes):
+    """The benchmark of the same name in small; what it counts is what the steps read."""
+    order = simulated_order(shards=1600, samples_per_shard=10, lanes=64, global_batch=128)
+    counted = shards_read(order, (nodes,))[nodes]
+    shards = shard_of(order)
+    for node in (0, nodes - 1):
+        steps = [order.step(step, nodes, node).samples for step in range(order.steps_per_epoch)]
+        assert len(set(shards[np.concatenate(steps)].tolist())) == counted[node]
+    assert max(counted) <= 1.1 / nodes * len(order.samples_per_shard) + 2
+
+
+@pytest.fixture(scope="module")
+def listed_shards(tmp_path_factory) -> ShardSet:
+    """Shards of many sizes with 617 samples of many lengths, which nobody decodes."""
+    folder = tmp_path_factory.mktemp("listed")
+    sizes, entries = (90, 7, 120, 64, 1, 200, 33, 102), []
+    for shard, size in enumerate(sizes):
+        videos = [Transcoded(b"unread", 3 + (7 * row + shard) % 60, 12.5 + row % 3, 48, 64) for row in range(size)]
+        samples = [PackedSample(f"{shard}-{row}", "", None, video) for row, video in enumerate(videos)]
+        entries.append(dataclasses.asdict(write_shard(folder / f"shard-{shard:06d}.tar", samples)))
+    index = {"format_version": 1, "classes": [], "frame_rate": None, "resampled": False, "short_side": 48}
+    (folder / "index.json").write_text(json.dumps({**index, "samples": sum(sizes), "shards": entries}))
+    return ShardSet.open(folder)
+
+
+def listed(shards: ShardSet, config: DataConfig, seed: int, steps: range, world: int, resumed_at: int) -> list[Reading]:
+    """Lists what an attempt reads, by an order that has read nothing before."""
+    order = Order(shards.samples_per_shard, seed, config.lanes, config.shards_per_window, config.global_batch)
+    config = dataclasses.replace(config, micro_batch=math.gcd(config.global_batch // world, config.micro_batch))
+    return list(reading_list(shards, config, order, steps, world, resumed_at))
+
+
+def without_readers(readings: list[Reading]) -> list[Reading]:
+    return [reading._replace(rank=0, worker=None) for reading in readings]
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.data(), st.sampled_from([48, 64, 240]), st.integers(0, 4))
+def test_the_list_is_the_same_for_any_world_workers_and_resume_step(listed_shards, data, global_batch, workers):
+    lanes = data.draw(st.sampled_from(divisors(global_batch)))
+    first = data.draw(st.integers(1, 40))
+    seed = data.draw(st.integers(0, 2**62))
+    clip = ClipConfig(frames=4, stride=data.draw(st.integers(1, 5)))
+    config = DataConfig(clip=clip, global_batch=global_batch, lanes=lanes, shards_per_window=2, micro_batch=4)
+    steps = range(first, first + 3)
+    alone = listed(listed_shards, dataclasses.replace(config, workers=0), seed, steps, 1, 0)
+    assert {reading.rank for reading in alone} == {0}
+    assert {reading.worker for reading in alone} == {None}
+    resumed_at = data.draw(st.integers(0, first - 1))
+    later = data.draw(st.integers(first, first + 2))
+    for world in range(1, 17):
+        divided = dataclasses.replace(config, workers=workers, repeats=1)
+        if global_batch % world:
+            with pytest.raises(Refused, match=rf"data\.global_batch: {global_batch} .* among {world} processes; use"):
+                listed(listed_shards, divided, seed, steps, world, resumed_at)
+            continue
+        readings = listed(listed_shards, divided, seed, steps[later - first :], world, resumed_at)
+        assert without_readers(readings) == without_readers(alone)[(later - first) * global_batch :]
+        assert [reading.rank for reading in readings[:global_batch]] == [
+            rank for rank in range(world) for _ in range(global_batch // world)
+        ]
+        assert {reading.worker for reading in readings} <= (set(range(workers)) if workers else {None})
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.sampled_from([(48, 16), (64, 4), (240, 15)]), st.integers(0, 4), st.integers(0, 2**62), st.booleans())
+def test_a_sample_is_listed_once_in_an_epoch_but_for_the_tail(listed_shards, batch_and_world, epoch, seed, many_lanes):
+    global_batch, world = batch_and_world
+    lanes = global_batch if many_lanes else 4
+    clip = ClipConfig(frames=4, stride=1)
+    config = DataConfig(clip=clip, global_batch=global_batch, lanes=lanes, shards_per_window=3, micro_batch=1)
+    per_epoch = listed_shards.samples // global_batch
+    steps = range(epoch * per_epoch + 1, (epoch + 1) * per_epoch + 1)
+    readings = listed(listed_shards, config, seed, steps, world, 0)
+    assert {reading.epoch for reading in readings} == {epoch}
+    assert len({reading.key for reading in readings}) == len(readings)
+    assert len(readings) == listed_shards.samples - listed_shards.samples % global_batch
+    for step in steps:
+        places = sorted(reading.place for reading in readings if reading.step == step)
+        assert places == list(range(global_batch))
+    assert len({reading.mask_seed for reading in readings}) == len(readings)
 
 
 def test_an_epoch_given_as_a_number_of_numpy_is_the_same_epoch():

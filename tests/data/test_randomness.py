@@ -55,6 +55,20 @@ def test_a_permutation_holds_every_number_once(key, count):
     assert sorted(permutation(key, count).tolist()) == list(range(count))
 
 
+def test_a_permutation_sorts_whole_words_the_first_of_equals_first(monkeypatch):
+    """Words that are equal, or differ in their low bits alone, which random ones of a shard window hardly ever are."""
+    for words in ([7, 5, 6, 4, 5, 2**40], [3, 3, 3, 3], [2**63 + 1, 2**63, 2**63 + 1], [9], []):
+        drawn = np.array(words, dtype=np.uint64)
+        monkeypatch.setattr(randomness, "raw_words", lambda key, count, drawn=drawn: drawn)
+        assert permutation(0, len(words)).tolist() == sorted(range(len(words)), key=words.__getitem__)
+
+
+@given(KEYS, st.integers(0, 5000))
+@settings(max_examples=50, deadline=None)
+def test_a_permutation_is_the_order_of_its_words(key, count):
+    assert np.array_equal(permutation(key, count), np.argsort(raw_words(key, count), kind="stable"))
+
+
 def test_permutations_are_equally_likely():
     counts = collections.Counter(tuple(permutation(key_for(number), 3).tolist()) for number in range(1200))
     assert len(counts) == 6
