@@ -10,11 +10,12 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from pretrain.errors import EXIT_FAILED, EXIT_REFUSED, Refused
+from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_REFUSED, Refused
 
 USAGE = """tubelet COMMAND ...
 
   pack SRC OUT        make shards from a folder of videos, a folder of class folders, or --list FILE
+  check SHARDS        read and decode all of a set of shards, and list what is wrong with it
   pretrain            train an encoder on shards, without labels
   finetune            train a classifier on labelled shards, from an encoder or from scratch
   evaluate            measure a classifier on labelled shards
@@ -29,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     commands: dict[str, Callable[[list[str]], int]] = {
         "pack": _pack,
+        "check": _check,
         "pretrain": _pretrain,
         "finetune": _finetune,
         "evaluate": _evaluate,
@@ -70,7 +72,21 @@ def _pack(arguments: list[str]) -> int:
     from pretrain.engine.progress import set_up_logging
 
     set_up_logging()
-    return run_command(lambda: pack(parse_plain(PackConfig, "pack", _named(arguments))))
+    return run_command(lambda: pack(parse_plain(PackConfig, "pack", _named(arguments, ("source", "out")))))
+
+
+def _check(arguments: list[str]) -> int:
+    from pretrain.commandline import parse_plain, run_command
+    from pretrain.data.check import CheckConfig, check
+    from pretrain.engine.progress import set_up_logging
+
+    problems: list[object] = []
+
+    def command() -> None:
+        problems.extend(check(parse_plain(CheckConfig, "check", _named(arguments, ("shards",)))).problems)
+
+    set_up_logging()
+    return run_command(command) or (EXIT_FAILED if problems else EXIT_DONE)
 
 
 def _evaluate(arguments: list[str]) -> int:
@@ -138,8 +154,11 @@ class _PredictParser(argparse.ArgumentParser):
         raise Refused(f"{self.prog}: {message}; see {self.prog} --help")
 
 
-def _named(arguments: list[str]) -> list[str]:
-    """Turns SRC and OUT into named arguments; jsonargparse's dataclasses know only these."""
+def _named(arguments: list[str], names: tuple[str, ...]) -> list[str]:
+    """Turns arguments without a name into named ones; jsonargparse's dataclasses know only these.
+
+    With `--list`, a single one is the last of `names`.
+    """
     positional, rest = [], []
     waiting = list(reversed(arguments))
     while waiting:
@@ -153,9 +172,10 @@ def _named(arguments: list[str]) -> list[str]:
         elif "=" not in argument and argument not in ("-h", "--help", "--print_config") and waiting:
             rest.append(waiting.pop())
     from_list = any(argument.split("=")[0] == "--list" for argument in rest)
-    names = ("out",) if from_list and len(positional) == 1 else ("source", "out")
+    names = names[-1:] if from_list and len(positional) == 1 else names
     if len(positional) > len(names):
-        raise Refused(f"{positional[len(names)]}: is one folder too many; give SRC and OUT")
+        expected = " and ".join({"source": "SRC"}.get(name, name.upper()) for name in names)
+        raise Refused(f"{positional[len(names)]}: is one folder too many; give {expected}")
     return [part for name, value in zip(names, positional, strict=False) for part in (f"--{name}", value)] + rest
 
 

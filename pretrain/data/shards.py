@@ -86,11 +86,11 @@ class ShardSet:
         self._start_empty()
 
     @classmethod
-    def open(cls, folder: str | Path) -> "ShardSet":
+    def open(cls, folder: str | Path, check_files: bool = True) -> "ShardSet":
         """Opens a folder of shards and checks that all that its index names is there.
 
-        Names and sizes are checked here and the hash of a `.idx` when it is first read; the hashes of the shards
-        themselves, which take a full read, are not.
+        Names and sizes are checked here, unless `check_files` is False, and the hash of a `.idx` when it is first read;
+        the hashes of the shards themselves, which take a full read, are checked by `tubelet check` alone.
 
         Raises:
             Refused: The folder or its index is missing, not readable, of a newer format, or does not match its files.
@@ -111,7 +111,7 @@ class ShardSet:
             raise Refused(
                 f"{path}: not a shard index ({error!r}); pack the videos again with `tubelet pack`"
             ) from error
-        for shard in opened.shards:
+        for shard in opened.shards if check_files else ():
             _check_files(folder, shard)
         return opened
 
