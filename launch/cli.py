@@ -16,6 +16,7 @@ USAGE = """tubelet COMMAND ...
 
   pack SRC OUT        make shards from a folder of videos, a folder of class folders, or --list FILE
   check SHARDS        read and decode all of a set of shards, and list what is wrong with it
+  inspect SHARDS      tell what a set of shards holds, and draw a contact sheet of it
   pretrain            train an encoder on shards, without labels
   finetune            train a classifier on labelled shards, from an encoder or from scratch
   evaluate            measure a classifier on labelled shards
@@ -31,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "pack": _pack,
         "check": _check,
+        "inspect": _inspect,
         "pretrain": _pretrain,
         "finetune": _finetune,
         "evaluate": _evaluate,
@@ -87,6 +89,15 @@ def _check(arguments: list[str]) -> int:
 
     set_up_logging()
     return run_command(command) or (EXIT_FAILED if problems else EXIT_DONE)
+
+
+def _inspect(arguments: list[str]) -> int:
+    from pretrain.commandline import parse_plain, run_command
+    from pretrain.data.inspection import InspectConfig, inspect
+    from pretrain.engine.progress import set_up_logging
+
+    set_up_logging()
+    return run_command(lambda: inspect(parse_plain(InspectConfig, "inspect", _named(arguments, ("shards",)))))
 
 
 def _evaluate(arguments: list[str]) -> int:

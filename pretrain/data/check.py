@@ -146,7 +146,8 @@ def _tasks(shards: ShardSet, config: CheckConfig, report: Report) -> Iterator[Ta
                 if index.video_offsets[row] + index.video_sizes[row] > size_bytes:
                     report(Problem(entry.name, key, "lies beyond the end of the tar", COPY_AGAIN))
                     continue
-                yield SampleTask(shards.folder, first + row, entry.name, key, config.decode, config.stall_s)
+                size = (index.heights[row], index.widths[row]) if index.heights and index.widths else None
+                yield SampleTask(shards.folder, first + row, entry.name, key, size, config.decode, config.stall_s)
         first += entry.samples
 
 

@@ -47,13 +47,14 @@ class TarTask:
 class SampleTask:
     """A sample to read and decode, by its number in the set; after `stall_s` seconds without progress it is given up.
 
-    `file` and `key` are for those who report it.
+    `file` and `key` are for those who report it; `size` is the (height, width) in pixels that the index gives.
     """
 
     folder: Path
     number: int
     file: str
     key: str
+    size: tuple[int, int] | None
     decode: DecodeName
     stall_s: float
 
@@ -115,18 +116,22 @@ def _sample_problems(task: SampleTask) -> list[Problem]:
 
 
 def _differences(sample: Sample, task: SampleTask) -> list[str]:
-    """Decodes a sample; returns in what it is not as its index and its JSON say."""
+    """Decodes a sample; returns in what it differs from its index, and its JSON from the index."""
     decoded = decode_video(sample.video, task.decode, task.stall_s)
-    stated = {"frames": sample.frames, "frame_rate": sample.frame_rate, **sample.metadata}
     reasons = []
     if decoded.frames != sample.frames:
         reasons.append(f"holds {decoded.frames} frames where the index says {sample.frames}")
-    if (stated["frames"], stated["frame_rate"]) != (sample.frames, sample.frame_rate):
-        reasons.append("its JSON gives other frames or another frame rate than the index")
-    size = (stated.get("height"), stated.get("width"))
-    if None not in size and decoded.size not in (None, size):
-        reasons.append(f"its frames are (height, width) {decoded.size} where its JSON says {size}")
+    if decoded.size is not None and task.size not in (None, decoded.size):
+        reasons.append(f"its frames are {_shown(decoded.size)} pixels where the index says {_shown(task.size)}")
+    names = ("frames", "frame_rate", "height", "width")
+    stated = (sample.frames, sample.frame_rate, *(task.size or (None, None)))
+    if any(value not in (None, sample.metadata.get(name, value)) for name, value in zip(names, stated, strict=True)):
+        reasons.append("its JSON gives other frames, another frame rate or another size than the index")
     return reasons
+
+
+def _shown(size: tuple[int, int]) -> str:
+    return f"{size[1]} x {size[0]}"
 
 
 @functools.lru_cache(maxsize=1)

@@ -30,7 +30,8 @@ class ShardIndex:
     """What `SHARD.idx` says of the samples of one shard, column by column; offsets and sizes in bytes.
 
     `checksums` are CRC-32s over the stretch of the tar that a read takes: from where the JSON's bytes start to where
-    the video's end.
+    the video's end. `heights` and `widths` are those of the stored frames, in pixels; None in an index that was written
+    before it told them.
     """
 
     keys: Sequence[str]
@@ -42,6 +43,8 @@ class ShardIndex:
     video_offsets: Sequence[int]
     video_sizes: Sequence[int]
     checksums: Sequence[int]
+    heights: Sequence[int] | None = None
+    widths: Sequence[int] | None = None
 
     def to_bytes(self) -> bytes:
         """Returns the content of the `.idx` file; equal indexes give equal bytes."""

@@ -105,6 +105,7 @@ def test_an_index_that_does_not_tell_the_truth_is_found_though_all_hashes_fit(fo
         frames=lambda frames: [frames[0] + 1, *frames[1:]],
         labels=lambda labels: [labels[0], 7, *labels[2:]],
         frame_rates=lambda rates: [*rates[:2], 0, *rates[3:]],
+        widths=lambda widths: [*widths[:3], 66],
     )
     edit(folder, 1, keys=lambda others: [keys[3], *others[1:]], video_sizes=lambda sizes: [*sizes[:3], sizes[3] - 1])
     edit(folder, 2, keys=lambda keys: keys[1:])
@@ -114,7 +115,8 @@ def test_an_index_that_does_not_tell_the_truth_is_found_though_all_hashes_fit(fo
     for line in (
         f"shard-000000.tar: sample {keys[0]}: holds {frames - 1} frames where the index says {frames}; pack the videos",
         f"shard-000000.tar: sample {keys[1]}: has label 7, but the classes are 0 to 1; pack the videos again",
-        f"shard-000000.tar: sample {keys[2]}: its JSON gives other frames or another frame rate than the index; ",
+        f"shard-000000.tar: sample {keys[2]}: its JSON gives other frames, another frame rate or another size than",
+        f"shard-000000.tar: sample {keys[3]}: its frames are 64 x 48 pixels where the index says 66 x 48; pack the",
         f"shard-000001.tar: sample {keys[3]}: its key stands twice in the set; pack the videos again",
         f"shard-000001.tar: sample {keys[3]}: no video of that key lies in the tar where the index says; restore it",
         f"shard-000001.tar: sample {moved}: no video of that key lies in the tar where the index says; restore it",
