@@ -6,6 +6,7 @@ accelerate, deepspeed and srun can start them. Whatever is slow to import is imp
 
 import argparse
 import importlib.metadata
+import json
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -15,6 +16,7 @@ from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_REFUSED, Refused
 USAGE = """tubelet COMMAND ...
 
   pack SRC OUT        make shards from a folder of videos, a folder of class folders, or --list FILE
+  index TARS          make shards of WebDataset tars that others made, in place
   check SHARDS        read and decode all of a set of shards, and list what is wrong with it
   inspect SHARDS      tell what a set of shards holds, and draw a contact sheet of it
   pretrain            train an encoder on shards, without labels
@@ -31,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     commands: dict[str, Callable[[list[str]], int]] = {
         "pack": _pack,
+        "index": _index,
         "check": _check,
         "inspect": _inspect,
         "pretrain": _pretrain,
@@ -75,6 +78,17 @@ def _pack(arguments: list[str]) -> int:
 
     set_up_logging()
     return run_command(lambda: pack(parse_plain(PackConfig, "pack", _named(arguments, ("source", "out")))))
+
+
+def _index(arguments: list[str]) -> int:
+    from pretrain.commandline import parse_plain, run_command
+    from pretrain.data.index_tars import IndexConfig, index
+    from pretrain.engine.progress import set_up_logging
+
+    tars, rest = _without_names(arguments)
+    given = [f"--tars={json.dumps(tars)}"] if tars else []
+    set_up_logging()
+    return run_command(lambda: index(parse_plain(IndexConfig, "index", given + rest)))
 
 
 def _check(arguments: list[str]) -> int:
@@ -170,7 +184,19 @@ def _named(arguments: list[str], names: tuple[str, ...]) -> list[str]:
 
     With `--list`, a single one is the last of `names`.
     """
-    positional, rest = [], []
+    positional, rest = _without_names(arguments)
+    from_list = any(argument.split("=")[0] == "--list" for argument in rest)
+    names = names[-1:] if from_list and len(positional) == 1 else names
+    if len(positional) > len(names):
+        expected = " and ".join({"source": "SRC"}.get(name, name.upper()) for name in names)
+        raise Refused(f"{positional[len(names)]}: is one folder too many; give {expected}")
+    return [part for name, value in zip(names, positional, strict=False) for part in (f"--{name}", value)] + rest
+
+
+def _without_names(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Returns the arguments without a name, and the others with their values."""
+    positional: list[str] = []
+    rest: list[str] = []
     waiting = list(reversed(arguments))
     while waiting:
         argument = waiting.pop()
@@ -182,12 +208,7 @@ def _named(arguments: list[str], names: tuple[str, ...]) -> list[str]:
             rest.append("true")
         elif "=" not in argument and argument not in ("-h", "--help", "--print_config") and waiting:
             rest.append(waiting.pop())
-    from_list = any(argument.split("=")[0] == "--list" for argument in rest)
-    names = names[-1:] if from_list and len(positional) == 1 else names
-    if len(positional) > len(names):
-        expected = " and ".join({"source": "SRC"}.get(name, name.upper()) for name in names)
-        raise Refused(f"{positional[len(names)]}: is one folder too many; give {expected}")
-    return [part for name, value in zip(names, positional, strict=False) for part in (f"--{name}", value)] + rest
+    return positional, rest
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pretrain.data.check_worker import COPY_AGAIN, PACK_AGAIN, Problem, SampleTask, TarTask, check_task
+from pretrain.data.check_worker import COPY_AGAIN, MAKE_AGAIN, Problem, SampleTask, TarTask, check_task
 from pretrain.data.decode_check import DecodeName
 from pretrain.data.pool import Died, WorkerPool
 from pretrain.data.shard_index import INDEX_NAME, ShardIndex
@@ -38,7 +38,7 @@ class CheckConfig:
     """What to check, and how thoroughly."""
 
     shards: str
-    """Folder of shards, written by `tubelet pack`."""
+    """Folder of shards, written by `tubelet pack` or `tubelet index`."""
     decode: DecodeName = "three"
     """Frames of each sample to decode: the first, middle and last one (three), all, or none."""
     jobs: int = 0
@@ -159,7 +159,7 @@ def _problems_of_index(shards: ShardSet) -> Iterator[Problem]:
         yield Problem(INDEX_NAME, None, reason, COPY_AGAIN)
     for name, count in Counter(shard.name for shard in shards.shards).items():
         if count > 1:
-            yield Problem(INDEX_NAME, None, f"names {name} {count} times", PACK_AGAIN)
+            yield Problem(INDEX_NAME, None, f"names {name} {count} times", MAKE_AGAIN)
 
 
 def _usable_index(shards: ShardSet, number: int, report: Report) -> ShardIndex | None:
@@ -185,17 +185,17 @@ def _problems_of_rows(shards: ShardSet, name: str, index: ShardIndex, seen: set[
     """Yields what is wrong with an index's rows; `seen` holds the keys of the shards before."""
     if (index.labels is not None) != shards.labelled:
         reason = "has labels, but the set has no classes" if index.labels else "has no labels, but the set has classes"
-        yield Problem(name, None, reason, PACK_AGAIN)
+        yield Problem(name, None, reason, MAKE_AGAIN)
     for row, key in enumerate(index.keys):
         if key in seen:
-            yield Problem(name, key, "its key stands twice in the set", PACK_AGAIN)
+            yield Problem(name, key, "its key stands twice in the set", MAKE_AGAIN)
         seen.add(key)
         if index.frames[row] < 1 or not index.frame_rates[row] > 0:
             reason = f"has {index.frames[row]} frames at {index.frame_rates[row]} frames per second"
-            yield Problem(name, key, reason, PACK_AGAIN)
+            yield Problem(name, key, reason, MAKE_AGAIN)
         if index.labels is not None and shards.labelled and not 0 <= index.labels[row] < len(shards.classes):
             reason = f"has label {index.labels[row]}, but the classes are 0 to {len(shards.classes) - 1}"
-            yield Problem(name, key, reason, PACK_AGAIN)
+            yield Problem(name, key, reason, MAKE_AGAIN)
 
 
 def _of_dead(task: TarTask | SampleTask) -> list[Problem]:
@@ -204,7 +204,7 @@ def _of_dead(task: TarTask | SampleTask) -> list[Problem]:
         reason = "reading it ended the process"
         return [Problem(task.entry.name, None, reason, "see whether memory suffices, with fewer --jobs")]
     reason = f"crashes its decoder, or makes no progress for {task.stall_s:g} s"
-    return [Problem(task.file, task.key, reason, PACK_AGAIN)]
+    return [Problem(task.file, task.key, reason, MAKE_AGAIN)]
 
 
 def _size_bytes(path: Path) -> int | None:

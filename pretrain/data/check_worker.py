@@ -6,13 +6,13 @@ import tarfile
 from pathlib import Path
 
 from pretrain.data.decode_check import DecodeName, decode_video
-from pretrain.data.shard_index import ShardEntry, ShardIndex
+from pretrain.data.shard_index import ShardEntry, ShardIndex, key_and_suffix
 from pretrain.data.shards import Sample, ShardSet
 from pretrain.errors import BadSample, TubeletError
 from pretrain.files import sha256_of_file
 
-COPY_AGAIN = "restore it from a copy, or pack the videos again"
-PACK_AGAIN = "pack the videos again"
+COPY_AGAIN = "restore it from a copy, or make the set again"
+MAKE_AGAIN = "make the set again with `tubelet pack` or `tubelet index`"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def check_task(task: TarTask | SampleTask) -> list[Problem]:
         return _sample_problems(task)
     except Exception as error:
         reason = f"unexpected {type(error).__name__}: {error}"
-        return [Problem(task.file, task.key, reason, PACK_AGAIN)]
+        return [Problem(task.file, task.key, reason, MAKE_AGAIN)]
 
 
 def _tar_problems(task: TarTask) -> list[Problem]:
@@ -87,7 +87,8 @@ def _tar_problems(task: TarTask) -> list[Problem]:
         places = [(index.video_offsets[row], index.video_sizes[row])]
         if index.metadata_sizes[row]:
             places.append((index.metadata_offsets[row], index.metadata_sizes[row]))
-        if not all(members.get(place) == key for place in places):
+        names = (key, key.removeprefix(f"{path.stem}/"))
+        if not all(members.get(place) in names for place in places):
             reason = "no video of that key lies in the tar where the index says"
             problems.append(Problem(name, key, reason, COPY_AGAIN))
     return problems
@@ -96,7 +97,7 @@ def _tar_problems(task: TarTask) -> list[Problem]:
 def _members(path: Path) -> dict[tuple[int, int], str]:
     """The keys of a tar's members by their offset and size in bytes."""
     with tarfile.open(path, "r:") as tar:
-        return {(member.offset_data, member.size): member.name.partition(".")[0] for member in tar}
+        return {(member.offset_data, member.size): key_and_suffix(member.name)[0] for member in tar}
 
 
 def _sample_problems(task: SampleTask) -> list[Problem]:
@@ -107,12 +108,12 @@ def _sample_problems(task: SampleTask) -> list[Problem]:
     except TubeletError as error:
         return [Problem(task.file, task.key, str(error).partition(": ")[2].partition(";")[0], COPY_AGAIN)]
     except ValueError as error:
-        return [Problem(task.file, task.key, f"its JSON cannot be read ({error})", PACK_AGAIN)]
+        return [Problem(task.file, task.key, f"its JSON cannot be read ({error})", MAKE_AGAIN)]
     try:
         reasons = _differences(sample, task)
     except BadSample as error:
         reasons = [str(error)]
-    return [Problem(task.file, task.key, reason, PACK_AGAIN) for reason in reasons]
+    return [Problem(task.file, task.key, reason, MAKE_AGAIN) for reason in reasons]
 
 
 def _differences(sample: Sample, task: SampleTask) -> list[str]:

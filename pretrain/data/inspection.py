@@ -28,7 +28,7 @@ class InspectConfig:
     """What to inspect, and the picture to draw of it."""
 
     shards: str
-    """Folder of shards, written by `tubelet pack`."""
+    """Folder of shards, written by `tubelet pack` or `tubelet index`."""
     out: str | None = None
     """PNG file for a contact sheet; by default none is drawn."""
     samples: int = 48

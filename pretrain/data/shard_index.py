@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import posixpath
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,3 +55,10 @@ class ShardIndex:
     def from_bytes(cls, content: bytes) -> "ShardIndex":
         """Reads what `to_bytes` wrote."""
         return cls(**json.loads(content))
+
+
+def key_and_suffix(name: str) -> tuple[str, str]:
+    """Splits the name of a tar's member as webdataset does: at the first dot of its last part; suffix in lower case."""
+    folder, base = posixpath.split(name)
+    key, _, suffix = base.partition(".")
+    return posixpath.join(folder, key), suffix.lower()

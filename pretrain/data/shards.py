@@ -176,7 +176,7 @@ class ShardSet:
             label=index.labels[row] if index.labels is not None else None,
             frames=index.frames[row],
             frame_rate=index.frame_rates[row],
-            metadata=json.loads(stretch[: index.metadata_sizes[row]]),
+            metadata=json.loads(stretch[: index.metadata_sizes[row]] or b"{}"),
         )
 
     def shard_index(self, shard: int) -> ShardIndex:
@@ -234,7 +234,8 @@ def _read_index_file(path: Path) -> bytes:
         if not folder.is_dir():
             raise Refused(f"{folder}: no such folder; make it with `tubelet pack VIDEOS {folder}`") from error
         remedy = (
-            "pack the videos with `tubelet pack VIDEOS SHARDS`, or run an interrupted `tubelet pack` again to finish"
+            "pack the videos with `tubelet pack VIDEOS SHARDS`, run an interrupted `tubelet pack` again to finish, or "
+            "index tars that others made with `tubelet index TARS --out SHARDS`"
         )
         raise Refused(f"{folder}: holds no {INDEX_NAME}, so it is not a finished shard set; {remedy}") from error
     except OSError as error:
