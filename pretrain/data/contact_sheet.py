@@ -8,6 +8,7 @@ import colorsys
 import dataclasses
 import functools
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,8 @@ PAGE = (251, 250, 247)
 INK = (38, 38, 43)
 FAINT = (142, 141, 148)
 EMPTY = (228, 226, 221)
+KEY_HASH = re.compile("-[0-9a-f]{16}$")
+"""The end of the keys that packing makes."""
 STALL_S = 30
 """How long decoding one frame may take, in seconds."""
 
@@ -77,7 +80,7 @@ def contact_sheet(shards: ShardSet, samples: int, seed: int) -> Image.Image:
         cell, mask = _cell(frame, cell_height)
         sheet.paste(cell, (left, top), mask)
         label = labels[number] if shards.labelled else None
-        name = shards.key(number) if label is None else shards.classes[label]
+        name = KEY_HASH.sub("", shards.key(number)) if label is None else shards.classes[label]
         _write_caption(sheet, (left, top + cell_height), name, number, _hue(label))
     return sheet
 
@@ -120,11 +123,10 @@ def _opened(folder: Path) -> ShardSet:
 
 
 def _columns(count: int, cell_height: int) -> int:
-    """As many columns as make the sheet about 3 wide to 2 high, with a last row as full as can be nearby."""
+    """As many columns as make the sheet about 3 wide to 2 high, or one more if that fills the last row better."""
     aspect = (cell_height + CAPTION_PX + GAP_PX) / (CELL_WIDTH_PX + GAP_PX)
     wanted = min(max(round(math.sqrt(1.5 * count * aspect)), 1), count)
-    nearby = range(max(wanted - 1, 1), min(wanted + 1, count) + 1)
-    return min(nearby, key=lambda columns: (-count % columns, abs(columns - wanted), -columns))
+    return min((wanted, min(wanted + 1, count)), key=lambda columns: -count % columns)
 
 
 def _cell(frame: np.ndarray | None, height: int) -> tuple[Image.Image, Image.Image]:

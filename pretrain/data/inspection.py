@@ -15,7 +15,7 @@ from rich.table import Table
 from pretrain.data.contact_sheet import MAX_SAMPLES, contact_sheet
 from pretrain.data.shards import ShardSet
 from pretrain.errors import Refused
-from pretrain.files import replacing
+from pretrain.files import is_out_of_space, replacing
 
 MAX_VALUES = 5
 """Sizes and frame rates that are told by name; the rarer ones are counted together."""
@@ -80,15 +80,10 @@ def inspect(config: InspectConfig) -> Inspection:
     """
     config.validate()
     shards = ShardSet.open(config.shards)
+    if config.out is not None:
+        _draw(shards, config, Path(config.out))
     inspection = read_indexes(shards)
     show_inspection(shards, inspection)
-    if config.out is not None:
-        sheet = contact_sheet(shards, config.samples, config.seed)
-        try:
-            with replacing(Path(config.out)) as temporary:
-                sheet.save(temporary, format="PNG", optimize=True)
-        except PermissionError as error:
-            raise Refused(f"out: {config.out} cannot be written ({error.strerror}); name another file") from error
     return inspection
 
 
@@ -135,6 +130,17 @@ def show_inspection(shards: ShardSet, inspection: Inspection, console: Console |
     if shards.labelled:
         console.print()
         console.print(_table_of_classes(shards.classes, inspection.classes), highlight=False)
+
+
+def _draw(shards: ShardSet, config: InspectConfig, path: Path) -> None:
+    sheet = contact_sheet(shards, config.samples, config.seed)
+    try:
+        with replacing(path) as temporary:
+            sheet.save(temporary, format="PNG", optimize=True)
+    except OSError as error:
+        if is_out_of_space(error):
+            raise
+        raise Refused(f"out: {path} cannot be written ({error.strerror}); name another file") from error
 
 
 def _table_of_classes(names: tuple[str, ...], counts: tuple[int, ...]) -> Table:

@@ -170,6 +170,7 @@ def test_what_cannot_be_read_is_listed_with_its_reason_and_left_out(videos, tmp_
     }.items():
         assert words in reasons.pop(source)
     assert reasons == {}
+    assert check(CheckConfig(str(tmp_path / "out"), jobs=1)).problems == (), "what is left out is no problem of the set"
 
 
 def test_keys_that_stand_in_two_tars_are_told_apart(videos, tmp_path):
