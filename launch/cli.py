@@ -15,7 +15,8 @@ from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_REFUSED, Refused
 
 USAGE = """tubelet COMMAND ...
 
-  pack SRC OUT        make shards from a folder of videos, a folder of class folders, or --list FILE
+  pack SRC OUT        make shards from a folder of videos, of class folders or of images, or from those that --list FILE
+                      or --annotations FILE of Kinetics, Something-Something v2, UCF101 or HMDB51 names
   index TARS          make shards of WebDataset tars that others made, in place
   check SHARDS        read and decode all of a set of shards, and list what is wrong with it
   inspect SHARDS      tell what a set of shards holds, and draw a contact sheet of it

@@ -28,7 +28,7 @@ DIGIT_SIZE = 14  # pixels
 SPEED = 4  # pixels a frame, down or across: a tubelet's side in a tubelet's time
 TEXTURES = 2
 FLICKER = 0.5  # from the darkest to the brightest light, where 1 is from black to white
-GRAIN = 0.12  # standard deviation
+GRAIN = 0.09  # standard deviation
 TEST_SHARE = 0.2  # of the handwritten digits; the other splits never show these
 
 # Names of the four directions, with their (down, right) parts.

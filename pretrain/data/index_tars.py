@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from pretrain.data.class_names import read_classes
 from pretrain.data.index_worker import (
     FoundSample,
     HashTask,
@@ -31,7 +32,7 @@ from pretrain.data.index_writer import IndexedTar, check_folder, write_index
 from pretrain.data.pack_folder import REJECTED_NAME, Rejection
 from pretrain.data.pool import Died, WorkerPool
 from pretrain.data.shards import ShardSet
-from pretrain.data.sources import MAX_CLASSES, read_classes
+from pretrain.data.sources import MAX_CLASSES
 from pretrain.data.terminal import TaskProgress, add_reasons
 from pretrain.errors import Refused
 

@@ -1,9 +1,9 @@
 """`tubelet pack`: from a folder of videos to a shard set, in many processes, and on from where it was cut off.
 
-Everything that decides the bytes of a shard is decided before the first video is opened: which videos (`sources.py`),
-in which order (`pack_plan.py`), and which of them each shard may take. So neither the number of processes nor an
-interruption changes a shard, and a shard that is finished is never touched again. What a folder holds while it is being
-packed is in README.md.
+Everything that decides the bytes of a shard is decided before the first video is decoded: which videos (`sources.py`)
+and segments of them (`pack_segments.py`), in which order (`pack_plan.py`), and which of them each shard may take. So
+neither the number of processes nor an interruption changes a shard, and a shard that is finished is never touched
+again. What a folder holds while it is being packed is in README.md.
 """
 
 import contextlib
@@ -15,16 +15,19 @@ from pathlib import Path
 from pretrain.data.pack_folder import PackFolder, Rejection, ShardRecord
 from pretrain.data.pack_plan import PackPlan, PlannedShard, make_plan
 from pretrain.data.pack_report import PackSummary, show_summary
+from pretrain.data.pack_segments import cut_into_segments
 from pretrain.data.pack_worker import VideoTask, transcode_task
 from pretrain.data.pool import Died, WorkerPool
 from pretrain.data.shard_writer import PackedSample, write_shard
-from pretrain.data.sources import find_sources, key_of
+from pretrain.data.sources import find_sources
 from pretrain.data.terminal import TaskProgress
 from pretrain.data.transcode import RATE_RANGE, Transcoded
 from pretrain.errors import EXIT_INTERRUPTED, DiskFull, Refused, TubeletError
 from pretrain.files import is_out_of_space
 
 LONGEST_STALL_S = 86400
+SHORTEST_SEGMENT_S = 0.1
+LONGEST_SEGMENT_S = 86400
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +37,22 @@ class PackConfig:
     out: str
     """Folder to write the shards to; an interrupted pack goes on there."""
     source: str | None = None
-    """Folder of videos, or of class folders; with `list`, the folder that its paths are relative to."""
+    """Folder of videos or of class folders (or of images alone); with `list`, what its paths are relative to."""
     list: str | None = None
     """File of `path label` lines to pack instead of all that the folder holds."""
+    annotations: str | None = None
+    """Official annotations of the videos in `source`: a Kinetics .csv or a Something-Something v2 .json file, a UCF101
+    trainlist01.txt, or the folder of split files of UCF101 or HMDB51."""
+    split: str | None = None
+    """Split of `annotations` to pack: a value of the split column of Kinetics, or train1 to test3 of a folder."""
     classes: str | None = None
-    """Class names in the order of their numbers: a file with one a line, or names with commas between."""
+    """Class names in the order of their numbers: a file with one a line, a labels .json, a folder of shards that has
+    them, or names with commas between."""
     unlabelled: bool = False
     """Pack without labels, even from class folders."""
+    segment_s: float | None = None
+    """Cut videos longer than this many seconds into segments of as many; what is left at the end is a shorter one, or
+    is dropped below a quarter."""
     fps: float | None = None
     """Frames per second of the stored videos; by default each video keeps its own rate."""
     gop: int = 16
@@ -67,11 +79,21 @@ class PackConfig:
         low, high = RATE_RANGE
         if self.fps is not None and not low <= self.fps <= high:
             raise Refused(f"fps: {self.fps} does not do; use {float(low):g} to {float(high):g} frames per second")
+        if self.segment_s is not None and not SHORTEST_SEGMENT_S <= self.segment_s <= LONGEST_SEGMENT_S:
+            raise Refused(
+                f"segment_s: {self.segment_s} does not do; use {SHORTEST_SEGMENT_S} to {LONGEST_SEGMENT_S} seconds"
+            )
         if not 0 < self.stall_s <= LONGEST_STALL_S:
             raise Refused(f"stall_s: {self.stall_s} does not do; use more than 0 and at most {LONGEST_STALL_S} seconds")
         for name, least in (("gop", 1), ("samples_per_shard", 1), ("jobs", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise Refused(f"{name}: {getattr(self, name)} does not do; use {least} or more")
+        if self.annotations is not None and self.list is not None:
+            raise Refused("list, annotations: both name the videos to pack; give one of them")
+        if self.annotations is not None and self.source is None:
+            raise Refused("source: is missing; name the folder of the videos that the annotations list")
+        if self.split is not None and self.annotations is None:
+            raise Refused("split: belongs to --annotations; name an annotation file or drop --split")
         if self.source is not None and Path(self.source).resolve() == Path(self.out).resolve():
             raise Refused(f"out: {self.out} is the folder of the videos; name another folder for the shards")
 
@@ -95,7 +117,12 @@ def pack(config: PackConfig) -> PackSummary:
         TubeletError: The disk failed.
     """
     config.validate()
-    sources = find_sources(config.source, config.list, config.classes, config.unlabelled)
+    sources = find_sources(
+        config.source, config.list, config.classes, config.unlabelled, config.annotations, config.split
+    )
+    jobs = config.jobs or len(os.sched_getaffinity(0))
+    if config.segment_s is not None:
+        sources = cut_into_segments(sources, config.segment_s, jobs, config.stall_s)
     plan = make_plan(
         sources,
         short_side=config.short_side,
@@ -103,12 +130,13 @@ def pack(config: PackConfig) -> PackSummary:
         frame_rate=config.fps,
         samples_per_shard=config.samples_per_shard,
         seed=config.seed,
+        segment_s=config.segment_s,
     )
     folder = PackFolder(Path(config.out))
     finished_before = folder.check(plan)
     if not finished_before:
         with _telling_how_to_go_on(folder, plan), folder.locked(plan):
-            _pack_shards(folder, plan, config.jobs or len(os.sched_getaffinity(0)), config.stall_s)
+            _pack_shards(folder, plan, jobs, config.stall_s)
             folder.finish(plan)
     shards, rejected = folder.result()
     summary = PackSummary(
@@ -134,7 +162,14 @@ def _pack_shards(folder: PackFolder, plan: PackPlan, jobs: int, stall_s: float) 
         done += [record] if record is not None else []
     settings = plan.settings
     tasks = (
-        VideoTask(plan.sources.root / video.path, settings["short_side"], settings["gop"], settings["fps"], stall_s)
+        VideoTask(
+            plan.sources.root / video.path,
+            settings["short_side"],
+            settings["gop"],
+            settings["fps"],
+            stall_s,
+            video.segment,
+        )
         for planned in todo
         for video in planned.videos
     )
@@ -160,9 +195,10 @@ def _accepted(
     """Takes one result for each video of a shard; yields those that can go in, and puts the others on the list."""
     for video, result in zip(planned.videos, results, strict=False):
         if isinstance(result, Transcoded):
-            yield PackedSample(key_of(video.path), video.path, video.label, result)
+            yield PackedSample(video.key, video.path, video.label, result, video.segment)
         else:
-            rejected.append(Rejection(video.path, result))
+            segment = "" if video.segment is None else f" (segment {video.segment})"
+            rejected.append(Rejection(video.path, result + segment))
         progress.advance(bad=isinstance(result, str))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from pretrain.data.mp4_encoder import CRF, PRESET
 from pretrain.data.shards import FORMAT_VERSION
-from pretrain.data.sources import Source, Sources, key_of
+from pretrain.data.sources import Source, Sources
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +35,19 @@ class PackPlan:
 
 
 def make_plan(
-    sources: Sources, *, short_side: int, gop: int, frame_rate: float | None, samples_per_shard: int, seed: int
+    sources: Sources,
+    *,
+    short_side: int,
+    gop: int,
+    frame_rate: float | None,
+    samples_per_shard: int,
+    seed: int,
+    segment_s: float | None = None,
 ) -> PackPlan:
     """Orders the videos and deals them out to shards.
 
-    The order is that of a hash of seed and path: mixed over classes, and the same for a video whatever else is packed.
+    The order is that of a hash of seed, path and segment: mixed over classes and over the segments of a video, and the
+    same for a video whatever else is packed.
 
     Args:
         sources: The videos.
@@ -48,10 +56,14 @@ def make_plan(
         frame_rate: Frames per second of the stored videos, None to keep each one's own.
         samples_per_shard: Videos per shard.
         seed: Chooses the order.
+        segment_s: Seconds into which long videos were cut, None if they were not.
     """
-    videos = sorted(
-        sources.videos, key=lambda video: hashlib.sha256(f"{seed}:".encode() + os.fsencode(video.path)).digest()
-    )
+
+    def place(video: Source) -> bytes:
+        segment = "" if video.segment is None else f"\0{video.segment.start_ms}-{video.segment.end_ms}"
+        return hashlib.sha256(f"{seed}:".encode() + os.fsencode(video.path) + segment.encode()).digest()
+
+    videos = sorted(sources.videos, key=place)
     shards = tuple(
         PlannedShard(f"shard-{number:06d}.tar", tuple(videos[start : start + samples_per_shard]))
         for number, start in enumerate(range(0, len(videos), samples_per_shard))
@@ -65,6 +77,7 @@ def make_plan(
         "crf": CRF,
         "samples_per_shard": samples_per_shard,
         "seed": seed,
+        "segment_s": segment_s,
         "classes": list(sources.classes),
         "videos": len(videos),
         "videos_sha256": _hash_of_videos(sources, videos),
@@ -76,7 +89,7 @@ def _hash_of_videos(sources: Sources, videos: list[Source]) -> str:
     """A hash of paths, labels and sizes: when any of them changes, these are other videos."""
     digest = hashlib.sha256()
     for video in videos:
-        digest.update(json.dumps([key_of(video.path), video.label, _size_bytes(sources, video)]).encode())
+        digest.update(json.dumps([video.key, video.label, _size_bytes(sources, video)]).encode())
     return digest.hexdigest()
 
 

@@ -22,7 +22,7 @@ class PackSummary:
         shards: How many shards there are.
         size_bytes: The size of all shards.
         classes: How many classes there are; 0 if unlabelled.
-        ignored: Files in the source folder that are no videos by their suffix.
+        ignored: Files in the source folder that are no videos by their suffix, or images beside videos.
         finished_before: Whether the folder was complete already, so that nothing was done.
     """
 
@@ -52,5 +52,5 @@ def show_summary(summary: PackSummary, console: Console | None = None) -> None:
     table.add_row("rejected", str(len(rejected)), f"listed in {REJECTED_NAME}" if rejected else "")
     add_reasons(table, ((rejection.reason, rejection.source) for rejection in rejected))
     if summary.ignored:
-        table.add_row("ignored", str(summary.ignored), "no videos by their suffix")
+        table.add_row("ignored", str(summary.ignored), "no videos by their suffix, or images beside videos")
     console.print(table)

@@ -1,12 +1,16 @@
 """What a packing process does with one video. Kept apart from `pack.py` so that workers start without torch."""
 
+import contextlib
 import dataclasses
 import signal
+from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import av
 
-from pretrain.data.transcode import Transcoded, transcode
+from pretrain.data.segments import Segment
+from pretrain.data.transcode import Transcoded, duration_of, transcode
 from pretrain.errors import BadSample
 
 
@@ -22,6 +26,7 @@ class VideoTask:
     gop: int
     frame_rate: float | None
     stall_s: float
+    segment: Segment | None = None
 
 
 def transcode_task(task: VideoTask) -> Transcoded | str:
@@ -29,22 +34,52 @@ def transcode_task(task: VideoTask) -> Transcoded | str:
 
     One strange file must not end a pack of a million: whatever goes wrong with it is its reason.
     """
+    with _watchdog(task.stall_s) as watch:
+        try:
+            return transcode(
+                task.path,
+                short_side=task.short_side,
+                gop=task.gop,
+                frame_rate=task.frame_rate,
+                segment=task.segment,
+                on_progress=watch,
+            )
+        except BadSample as error:
+            return str(error)
+        except MemoryError:
+            return "does not fit in memory"
+        except Exception as error:
+            return f"unexpected {type(error).__name__}: {' '.join(str(error).split())}"
+
+
+@dataclasses.dataclass(frozen=True)
+class DurationTask:
+    """A video whose length is asked for; it may make no progress for `stall_s` seconds."""
+
+    path: Path
+    stall_s: float
+
+
+def duration_task(task: DurationTask) -> Fraction | None:
+    """Returns the length of a video in seconds; None if it cannot be told, which packing it will give the reason of."""
+    with _watchdog(task.stall_s) as watch:
+        try:
+            return duration_of(task.path, on_progress=watch)
+        except Exception:
+            return None
+
+
+@contextlib.contextmanager
+def _watchdog(stall_s: float) -> Iterator[Callable[[], object]]:
+    """Lets the kernel end this process when the function it yields is not called for `stall_s` seconds."""
     av.logging.set_level(av.logging.PANIC)  # silent, but errors carry the last line of FFmpeg's log
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
     def watch() -> None:
-        signal.setitimer(signal.ITIMER_REAL, task.stall_s)
+        signal.setitimer(signal.ITIMER_REAL, stall_s)
 
     watch()
     try:
-        return transcode(
-            task.path, short_side=task.short_side, gop=task.gop, frame_rate=task.frame_rate, on_progress=watch
-        )
-    except BadSample as error:
-        return str(error)
-    except MemoryError:
-        return "does not fit in memory"
-    except Exception as error:
-        return f"unexpected {type(error).__name__}: {' '.join(str(error).split())}"
+        yield watch
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pretrain.data.segments import Segment
 from pretrain.data.shard_index import ShardEntry, ShardIndex
 from pretrain.data.transcode import Transcoded
 from pretrain.errors import Refused
@@ -22,12 +23,13 @@ from pretrain.files import replacing, sha256_of_file, write_bytes
 
 @dataclasses.dataclass(frozen=True)
 class PackedSample:
-    """A sample on its way into a shard: its key, the path it came from, its class number, and the video."""
+    """A sample on its way into a shard: its key, the path it came from, its class number, the video, its segment."""
 
     key: str
     source: str
     label: int | None
     video: Transcoded
+    segment: Segment | None = None
 
     def members(self) -> dict[str, Any]:
         """Returns what webdataset's writer takes: the key, and the bytes of each member by its suffix."""
@@ -40,6 +42,8 @@ class PackedSample:
             "width": video.width,
             "duration": round(video.frames / video.frame_rate, 6),
         }
+        if self.segment is not None:
+            metadata |= {"start": self.segment.start_ms / 1000, "end": self.segment.end_ms / 1000}
         label = {} if self.label is None else {"cls": str(self.label).encode()}
         return {"__key__": self.key, "json": json.dumps(metadata).encode(), "mp4": video.video, **label}
 

@@ -1,8 +1,10 @@
-"""Which videos to pack, with which labels, under which keys: a folder, class folders or a list file, read and checked.
+"""Which videos to pack, with which labels, under which keys: a folder, class folders, a list or an annotation file.
 
-Nothing here opens a video. A folder's videos are found at any depth by their suffix. If each of them lies in some
-first-level folder, those folders are the classes, sorted by name; if any lies directly in the folder, or with
-`unlabelled`, the set has no labels. A list file holds `path label` lines and is taken as it is.
+Nothing here opens a video. A folder's videos are found at any depth by their suffix; in a folder without any video,
+images are, each a video of one frame. If each of them lies in some first-level folder, those folders are the classes,
+sorted by name; if any lies directly in the folder, or with `unlabelled`, the set has no labels. A list file holds `path
+label` lines and is taken as it is. The videos that the annotation file of a data set names (`annotations.py`) are
+looked for in the folder, at any depth.
 """
 
 import dataclasses
@@ -13,24 +15,41 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from pretrain.data.annotations import Annotation, read_annotations
+from pretrain.data.class_names import matches_name, read_classes, read_lines
+from pretrain.data.segments import Segment
 from pretrain.errors import Refused
 
 VIDEO_SUFFIXES = (
     *(".3gp", ".asf", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov"),
     *(".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".vob", ".webm", ".wmv"),
 )
+IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 MAX_CLASSES = 100_000
 """Above this an integer in a list file is taken for a mistake, not for a class."""
 MAX_KEY_NAME = 48
-"""Characters of a key that come from the path; with hash and suffix a tar header's 100 must hold it."""
+"""Characters of a key that come from the path; with hash, segment and suffix a tar header's 100 must hold it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A video to pack: its path relative to the root (as listed, if it lies elsewhere) and its class number."""
+    """A video to pack, or a segment of one.
+
+    Attributes:
+        path: Its path relative to the root (as listed, if it lies elsewhere).
+        label: Its class number; None if unlabelled.
+        segment: What to cut out of it; None for all of it.
+    """
 
     path: str
     label: int | None = None
+    segment: Segment | None = None
+
+    @property
+    def key(self) -> str:
+        """The key of its sample: that of its path, and the segment in milliseconds if it is one."""
+        segment = "" if self.segment is None else f"-{self.segment.start_ms:09d}-{self.segment.end_ms:09d}"
+        return key_of(self.path) + segment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +70,12 @@ class Sources:
 
 
 def find_sources(
-    folder: str | Path | None, list_file: str | Path | None = None, classes: str | None = None, unlabelled: bool = False
+    folder: str | Path | None,
+    list_file: str | Path | None = None,
+    classes: str | None = None,
+    unlabelled: bool = False,
+    annotations: str | Path | None = None,
+    split: str | None = None,
 ) -> Sources:
     """Finds the videos to pack.
 
@@ -59,11 +83,14 @@ def find_sources(
         folder: The folder of videos or of class folders; with a list file, what its paths are relative to (None: the
             folder of the list file).
         list_file: A file of `path label` lines; the label is the last field, an integer or a name.
-        classes: A file with one class name a line, or names separated by commas; None takes them from the input.
+        classes: What `read_classes` takes; None takes them from the input.
         unlabelled: Whether to pack without labels; a list file then holds paths, and labels after them are dropped.
+        annotations: The annotation file of a data set whose videos lie in the folder.
+        split: Which split of the annotation file.
 
     Raises:
-        Refused: An input is missing, empty or unreadable, a line has no label, a label is no class, a path is repeated.
+        Refused: An input is missing, empty or unreadable, a line has no label, a label is no class, a path is repeated,
+            the folder holds none of the videos that the annotation file names.
     """
     names = read_classes(classes) if classes is not None else None
     if folder is not None and not Path(folder).is_dir():
@@ -71,32 +98,11 @@ def find_sources(
     if list_file is not None:
         root = Path(folder) if folder is not None else Path(list_file).parent
         return _from_list(Path(list_file), root, names, unlabelled)
+    if annotations is not None and folder is not None:
+        return _from_annotations(Path(annotations), Path(folder), split, names, unlabelled)
     if folder is None:
         raise Refused("source: nothing to pack; name a folder of videos, or a list file with --list")
     return _from_folder(Path(folder), names, unlabelled)
-
-
-def read_classes(classes: str) -> tuple[str, ...]:
-    """Reads class names from a file with one a line, or from names separated by commas.
-
-    Raises:
-        Refused: There is no such file and no comma, or a name stands twice.
-    """
-    if Path(classes).is_file():
-        names = [line.strip() for line in _read_lines(Path(classes))]
-    elif "," in classes:
-        names = [name.strip() for name in classes.split(",")]
-    else:
-        raise Refused(
-            f"classes: {classes} is no file; name a file with one class a line, or list the names with commas"
-        )
-    names = [name for name in names if name]
-    repeated = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
-    if repeated is not None or not names:
-        raise Refused(
-            f"classes: {f'{repeated!r} stands twice' if names else 'no name'} in {classes}; name each class once"
-        )
-    return tuple(names)
 
 
 def parse_list(lines: Sequence[str], name: str) -> list[tuple[int, str, str]]:
@@ -114,7 +120,7 @@ def parse_list(lines: Sequence[str], name: str) -> list[tuple[int, str, str]]:
         if not line.strip():
             continue
         path, _, label = line.strip().replace("\t", " ").rpartition(" ")
-        if not path.strip() or Path(label).suffix.lower() in VIDEO_SUFFIXES:
+        if not path.strip() or Path(label).suffix.lower() in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES):
             raise Refused(
                 f"{name}:{number}: no label in {line.strip()!r}; write `path label`, or pack with --unlabelled true"
             )
@@ -132,17 +138,13 @@ def key_of(path: str) -> str:
 
 
 def _from_folder(folder: Path, names: tuple[str, ...] | None, unlabelled: bool) -> Sources:
-    paths, ignored = [], 0
-    for path in _files_below(folder):
-        video = Path(path).suffix.lower() in VIDEO_SUFFIXES and not posixpath.basename(path).startswith(".")
-        ignored += not video
-        if video:
-            paths.append(path)
+    files = list(_files_below(folder))
+    paths = _with_suffix(files, VIDEO_SUFFIXES) or _with_suffix(files, IMAGE_SUFFIXES)
+    ignored = len(files) - len(paths)
     if not paths:
         other = f" (only {ignored} other files)" if ignored else ""
-        known = " ".join(suffix[1:] for suffix in VIDEO_SUFFIXES)
-        raise Refused(f"{folder}: holds no video{other}; videos are known by their suffix: {known}")
-    paths.sort()
+        known = " ".join(suffix[1:] for suffix in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES))
+        raise Refused(f"{folder}: holds no video and no image{other}; they are known by their suffix: {known}")
     if unlabelled or any("/" not in path for path in paths):
         if names is not None:
             raise Refused(f"classes: given, but the videos of {folder} are not in class folders; drop it or use --list")
@@ -155,6 +157,13 @@ def _from_folder(folder: Path, names: tuple[str, ...] | None, unlabelled: bool) 
         raise Refused(f"{folder / strange}: the folder is none of the classes given; add {strange!r} to --classes")
     labelled = tuple(Source(path, numbers[owner]) for path, owner in zip(paths, owners, strict=True))
     return Sources(folder, labelled, classes, ignored)
+
+
+def _with_suffix(files: Sequence[str], suffixes: tuple[str, ...]) -> list[str]:
+    """The files with one of the suffixes that are not hidden, sorted."""
+    return sorted(
+        path for path in files if path.lower().endswith(suffixes) and not posixpath.basename(path).startswith(".")
+    )
 
 
 def _files_below(folder: Path) -> Iterator[str]:
@@ -176,7 +185,7 @@ def _files_below(folder: Path) -> Iterator[str]:
 
 
 def _from_list(list_file: Path, root: Path, names: tuple[str, ...] | None, unlabelled: bool) -> Sources:
-    lines = _read_lines(list_file)
+    lines = read_lines(list_file)
     if unlabelled:
         entries = [(number, _path_of(line.strip(), root), "") for number, line in enumerate(lines, 1) if line.strip()]
     else:
@@ -207,6 +216,76 @@ def _from_list(list_file: Path, root: Path, names: tuple[str, ...] | None, unlab
     )
 
 
+def _from_annotations(
+    file: Path, folder: Path, split: str | None, names: tuple[str, ...] | None, unlabelled: bool
+) -> Sources:
+    annotations = read_annotations(file, split)
+    classes: tuple[str, ...] = ()
+    if not unlabelled:
+        bare = next((entry for entry in annotations.entries if entry.label is None), None)
+        if bare is not None:
+            raise Refused(f"{bare.place}: has no label; name a file that gives labels, or pack with --unlabelled true")
+        classes = names if names is not None else annotations.ordered_classes()
+    numbers = {name: number for number, name in enumerate(classes)}
+    videos = _VideosByName(folder)
+    places: dict[Source, str] = {}
+    labels: dict[Source, int | None] = {}
+    for entry in annotations.entries:
+        if not unlabelled and entry.label not in numbers:
+            raise Refused(f"{entry.place}: {entry.label!r} is none of the {len(classes)} classes; correct --classes")
+        label = None if unlabelled else numbers[str(entry.label)]
+        video = videos.find(entry)
+        if labels.setdefault(video, label) != label:
+            raise Refused(
+                f"{entry.place}: {video.path} has another label at {places[video]} already; remove one of them"
+            )
+        places.setdefault(video, entry.place)
+    if not videos.found:
+        example = annotations.entries[0].files[0][0]
+        raise Refused(
+            f"{folder}: holds none of the {len(annotations.entries)} videos that {file} lists, such as {example}; name "
+            "the folder of the data set's videos"
+        )
+    labelled = [dataclasses.replace(video, label=label) for video, label in labels.items()]
+    return Sources(folder, tuple(sorted(labelled, key=_by_path_and_segment)), classes)
+
+
+class _VideosByName:
+    """The videos of a folder, to be found by the names that annotation files give them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.found = 0
+        self.paths: dict[str, list[str]] = {}
+        for path in _with_suffix(list(_files_below(folder)), VIDEO_SUFFIXES):
+            self.paths.setdefault(_stem(path), []).append(path)
+
+    def find(self, entry: Annotation) -> Source:
+        """Returns the video of an entry, without its label.
+
+        Of several files of the name it is the one in the folder of the class, or else the first. What is not there
+        keeps the name that it should have, and is rejected for it when it cannot be opened.
+        """
+        for name, segment in entry.files:
+            paths = self.paths.get(_stem(name), [])
+            if paths:
+                self.found += 1
+                of_class = (
+                    path
+                    for path in paths
+                    if matches_name(posixpath.basename(posixpath.dirname(path)), str(entry.label))
+                )
+                return Source(next(of_class, paths[0]), None, segment)
+        return Source(*entry.files[0][:1])
+
+
+def _by_path_and_segment(video: Source) -> tuple[str, Segment]:
+    return video.path, video.segment or Segment(0, 0)
+
+
+def _stem(path: str) -> str:
+    return posixpath.splitext(posixpath.basename(path))[0]
+
+
 def _classes_of(list_file: Path, entries: Sequence[tuple[int, str, str]]) -> tuple[str, ...]:
     """Class names from the labels: 0 .. the highest if all are integers, else the names, sorted."""
     integers = [(number, int(label)) for number, _, label in entries if re.fullmatch(r"[+-]?[0-9]{1,18}", label)]
@@ -233,10 +312,3 @@ def _relative(path: str, root: Path) -> str:
     path = posixpath.normpath(path)
     prefix = posixpath.normpath(root.absolute().as_posix()) + "/"
     return path.removeprefix(prefix)
-
-
-def _read_lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
-    except OSError as error:
-        raise Refused(f"{path}: cannot be read ({error.strerror}); name a text file of lines") from error

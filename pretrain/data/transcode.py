@@ -2,10 +2,12 @@
 
 Decoders agree frame for frame on such files and disagree on much of what cameras and websites make (variable frame
 rates, open GOPs, edit lists, rotation flags), so packing, and prediction on a user's own file, normalise here once.
-Here the input is read past its damage and put on a constant clock; `mp4_encoder.py` makes the output. Not done at all:
-tone mapping of HDR, deinterlacing, mirroring.
+Here the input is read past its damage, cut to a segment if one is asked for, and put on a constant clock;
+`mp4_encoder.py` makes the output. A still image is a video of one frame. Not done at all: tone mapping of HDR,
+deinterlacing, mirroring, blending transparent pictures.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
@@ -19,6 +21,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from pretrain.data.mp4_encoder import Mp4Encoder, Transcoded, quarter_turn
+from pretrain.data.segments import Segment
 from pretrain.errors import BadSample
 
 LEAST_DECODED = Fraction(9, 10)
@@ -29,6 +32,16 @@ RATE_RANGE = (Fraction(1, 10), Fraction(240))
 """Frame rates, in frames per second, that a container is believed to mean."""
 FALLBACK_RATE = Fraction(25)
 """Frame rate, in frames per second, of a file that names none within `RATE_RANGE`."""
+LEAST_OF_SEGMENT = Fraction(1, 2)
+"""Share of its seconds that a segment must give: annotated ones often reach past the end of their video."""
+SEEKABLE = {"mov", "matroska"}
+"""Containers in which FFmpeg finds a time reliably; others are decoded from their start."""
+SEEK_MARGIN_S = 2
+"""How much earlier than a segment decoding starts, in seconds, so that no reordered frame is missing."""
+LONGEST_S = 7 * 86400
+"""Longest video, in seconds, that a container is believed to hold."""
+OPEN_OPTIONS = {"pattern_type": "none"}
+"""For FFmpeg: the name of an image is a name, also with % in it, and not the pattern of a sequence."""
 
 Frame = TypeVar("Frame")
 
@@ -39,16 +52,18 @@ def transcode(
     short_side: int = 256,
     gop: int = 16,
     frame_rate: float | None = None,
+    segment: Segment | None = None,
     decoder_threads: int = 1,
     on_progress: Callable[[], object] = lambda: None,
 ) -> Transcoded:
     """Transcodes a video file to the form that shards store, in memory.
 
     Args:
-        source: The file.
+        source: The file, a video or an image.
         short_side: Largest short side in pixels; a smaller video keeps its size, rounded down to even numbers.
         gop: Frames from one keyframe to the next.
         frame_rate: Frames per second of the output; None keeps the average rate of the input.
+        segment: What to cut out of it; None for all of it.
         decoder_threads: Threads that decode the input (0: one per core); the output is the same.
         on_progress: Called after every packet read, so that a watchdog sees progress.
 
@@ -56,15 +71,40 @@ def transcode(
         The transcoded video.
 
     Raises:
-        BadSample: The file holds no video that can be decoded, or less than nine tenths of the frames that it promises.
-            The message is the reason alone, without the file's name.
+        BadSample: The file holds no video that can be decoded, or less than nine tenths of the frames that it promises,
+            or less than half of the segment. The message is the reason alone, without the file's name.
     """
     try:
-        with av.open(str(source), metadata_errors="ignore") as container:
+        with av.open(str(source), metadata_errors="ignore", options=OPEN_OPTIONS) as container:
             stream = _video_stream(container)
             stream.thread_type = "AUTO"
             stream.codec_context.thread_count = decoder_threads
-            return _transcode_stream(container, stream, short_side, gop, frame_rate, on_progress)
+            return _transcode_stream(container, stream, short_side, gop, frame_rate, segment, on_progress)
+    except av.FFmpegError as error:
+        raise BadSample(_reason(error)) from error
+
+
+def duration_of(source: str | Path, on_progress: Callable[[], object] = lambda: None) -> Fraction | None:
+    """Returns the length of a video file in seconds, as its container states it or its packets tell; None if neither.
+
+    Args:
+        source: The file.
+        on_progress: Called after every packet read, so that a watchdog sees progress.
+
+    Raises:
+        BadSample: The file cannot be opened or holds no video. The message is the reason alone.
+    """
+    try:
+        with av.open(str(source), metadata_errors="ignore", options=OPEN_OPTIONS) as container:
+            stream = _video_stream(container)
+            stated_s = Fraction(_tagged_duration_s(stream)).limit_denominator(1000)
+            if not stated_s and stream.duration and stream.time_base is not None:
+                stated_s = stream.duration * stream.time_base
+            if not stated_s:
+                stated_s = Fraction(container.duration or 0, av.time_base)
+            if stated_s <= 0:
+                stated_s = _end_of_packets_s(container, stream, on_progress)
+            return stated_s if 0 < stated_s <= LONGEST_S else None
     except av.FFmpegError as error:
         raise BadSample(_reason(error)) from error
 
@@ -78,7 +118,8 @@ def at_constant_rate(
     timestamps.
 
     Args:
-        frames: Start and duration in seconds of each frame, starts not decreasing from zero, and the frame.
+        frames: Start and duration in seconds of each frame, starts not decreasing, and the frame. Of those that start
+            before zero the last is on screen at tick 0.
         rate: Ticks per second.
         look_ahead_s: Seconds, more than 0 and at most half a tick.
     """
@@ -112,11 +153,14 @@ def _transcode_stream(
     short_side: int,
     gop: int,
     frame_rate: float | None,
+    segment: Segment | None,
     on_progress: Callable[[], object],
 ) -> Transcoded:
     stored_rate = _stored_rate(stream)
     rate = Fraction(frame_rate).limit_denominator(1001) if frame_rate is not None else rounded_rate(stored_rate)
-    decoder = _Decoder(container, stream, stored_rate, on_progress)
+    if _is_image(container):
+        stored_rate = rate
+    decoder = _Decoder(container, stream, stored_rate, segment, on_progress)
     encoder = None
     for frame in at_constant_rate(decoder.frames(), rate, 1 / max(rate, stored_rate) / 2):
         if encoder is None:
@@ -129,36 +173,71 @@ def _transcode_stream(
 
 
 class _Decoder:
-    """Decodes a stream past its damaged packets, and keeps count of them."""
+    """Decodes a stream, or a segment of it, past its damaged packets, and keeps count of them."""
 
     def __init__(
-        self, container: InputContainer, stream: VideoStream, rate: Fraction, on_progress: Callable[[], object]
+        self,
+        container: InputContainer,
+        stream: VideoStream,
+        rate: Fraction,
+        segment: Segment | None,
+        on_progress: Callable[[], object],
     ) -> None:
         self.container, self.stream, self.rate, self.on_progress = container, stream, rate, on_progress
+        self.segment = segment
         self.packets = self.failed = self.decoded = 0
+        self.first_s: Fraction | None = None
         self.end_s = Fraction(0)
         self.error: av.FFmpegError | None = None
 
     def frames(self) -> Iterator[tuple[Fraction, Fraction, VideoFrame]]:
-        """Yields start and duration in seconds, counted from the first frame, and each frame that decodes."""
-        # An AVI file has a rate but no timestamps: those that FFmpeg gives are guesses, and wrong after B-frames.
-        timed = "avi" not in self.container.format.name.split(",")
-        first_s: Fraction | None = None
-        start_s = -1 / self.rate
+        """Yields start and duration in seconds of each frame that decodes, and the frame.
+
+        The start is counted from the first frame of the file, or from the start of the segment: then it is negative for
+        frames before it, and the frame after it stands at its end, so that the one before lasts until there.
+        """
+        origin_s = Fraction(0) if self.segment is None else self.segment.start_s
+        last_s = None if self.segment is None else self.segment.end_s
+        for start_s, duration_s, frame in self._timed(self._seek()):
+            if last_s is not None:
+                start_s = min(start_s, last_s)
+                duration_s = min(duration_s, last_s - start_s)
+            self.first_s = start_s if self.first_s is None else self.first_s
+            self.end_s = start_s + duration_s
+            yield start_s - origin_s, duration_s, frame
+            if start_s == last_s:
+                return
+
+    def _seek(self) -> Fraction | None:
+        """Goes to a little before the segment; returns the file's time zero in seconds, None for its first frame."""
+        formats = set(self.container.format.name.split(","))
+        time_base = self.stream.time_base
+        if self.segment is None or self.segment.start_s <= SEEK_MARGIN_S or not formats & SEEKABLE or time_base is None:
+            return None
+        zero_s = (self.stream.start_time or 0) * time_base
+        target_s = zero_s + self.segment.start_s - SEEK_MARGIN_S
+        with contextlib.suppress(av.FFmpegError):  # then it is decoded from its start
+            self.container.seek(math.floor(target_s / time_base), stream=self.stream)
+        return zero_s
+
+    def _timed(self, zero_s: Fraction | None) -> Iterator[tuple[Fraction, Fraction, VideoFrame]]:
+        """Yields start, counted from `zero_s`, and duration in seconds, and each frame that decodes."""
+        # An AVI file has a rate but no timestamps: those that FFmpeg gives are guesses, and wrong after B-frames. An
+        # image has neither.
+        timed = "avi" not in self.container.format.name.split(",") and not _is_image(self.container)
+        start_s: Fraction | None = None
         for frame in self._decoded():
             previous_s = start_s
+            start_s = Fraction(0) if previous_s is None else previous_s + 1 / self.rate
             if timed and frame.pts is not None and frame.time_base is not None:
                 time_s = frame.pts * frame.time_base
-                first_s = time_s if first_s is None else first_s
-                start_s = max(time_s - first_s, previous_s, Fraction(0))
-            else:
-                start_s += 1 / self.rate
-            if start_s - previous_s > MAX_GAP_S:
+                zero_s = time_s if zero_s is None else zero_s
+                start_s = max(time_s - zero_s, previous_s or Fraction(0))
+            if previous_s is not None and start_s - previous_s > MAX_GAP_S:
                 raise BadSample(f"its timestamps jump by {float(start_s - previous_s):.0f} s at frame {self.decoded}")
             duration_s = 1 / self.rate
             if timed and frame.duration and frame.time_base is not None:
                 duration_s = min(frame.duration * frame.time_base, Fraction(MAX_GAP_S))
-            self.end_s = start_s + duration_s
             yield start_s, duration_s, frame
 
     def _decoded(self) -> Iterator[VideoFrame]:
@@ -184,13 +263,18 @@ class _Decoder:
 
     def check(self) -> None:
         """Raises BadSample if too little of the stream came through."""
-        promised = max(self.packets, self.stream.frames)
+        promised = self.packets if self.segment is not None else max(self.packets, self.stream.frames)
         if self.decoded == 0:
             why = f": damaged or encrypted ({_reason(self.error)})" if self.error else ""
             raise BadSample(f"none of its {promised} frames can be decoded{why}" if promised else "no frame in it")
         good = self.packets - self.failed
         if good < LEAST_DECODED * promised:
             raise BadSample(f"only {good} of its {promised} frames can be decoded: truncated or damaged")
+        if self.segment is not None:
+            present_s = self.end_s - max(self.first_s or Fraction(0), self.segment.start_s)
+            if present_s < LEAST_OF_SEGMENT * (self.segment.end_s - self.segment.start_s):
+                raise BadSample(f"ends after {float(self.end_s):.1f} s, with less than half of the segment to cut out")
+            return
         promised_s = _tagged_duration_s(self.stream)
         if self.end_s < LEAST_DECODED * promised_s:
             raise BadSample(f"ends after {float(self.end_s):.1f} of its {promised_s:.1f} s: truncated or damaged")
@@ -205,6 +289,23 @@ def _video_stream(container: InputContainer) -> VideoStream:
     if stream.codec_context is None:
         raise BadSample("its codec is unknown to FFmpeg")
     return stream
+
+
+def _is_image(container: InputContainer) -> bool:
+    return container.format.name == "image2" or container.format.name.endswith("_pipe")
+
+
+def _end_of_packets_s(container: InputContainer, stream: VideoStream, on_progress: Callable[[], object]) -> Fraction:
+    """How long the packets of a stream last, in seconds; 0 if they tell no time."""
+    first = last = None
+    for packet in container.demux(stream):
+        on_progress()
+        if packet.pts is not None:
+            first = packet.pts if first is None else min(first, packet.pts)
+            last = max(last or 0, packet.pts + (packet.duration or 0))
+    if first is None or last is None or stream.time_base is None:
+        return Fraction(0)
+    return (last - first) * stream.time_base
 
 
 def _stored_rate(stream: VideoStream) -> Fraction:

@@ -8,14 +8,17 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import webdataset
+from PIL import Image
 
 from pretrain.data.pack import PackConfig, pack
 from pretrain.data.pack_folder import PackFolder, Rejection
 from pretrain.data.shards import ShardSet
+from pretrain.data.video import open_video
 from pretrain.errors import DiskFull, Refused, TubeletError
-from tests.videos import make_video, truncate
+from tests.videos import make_video, moving_square, truncate
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +169,25 @@ def test_a_folder_that_cannot_be_made_is_refused_in_one_line(videos, tmp_path, o
     assert "\n" not in str(caught.value)
 
 
-def stop_before_the_end(monkeypatch, videos: Path, out: Path, error: Exception, shards: int = 1) -> TubeletError:
+def test_class_folders_of_images_become_labelled_videos_of_one_frame(tmp_path):
+    for number, name in enumerate(("cat/a.jpg", "cat/b.png", "dog/c.webp")):
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(moving_square(1, 48, 64, number)[0]).save(tmp_path / "images" / name)
+    (tmp_path / "images/dog/broken.jpg").write_bytes(b"no image")
+    config = PackConfig(source=str(tmp_path / "images"), out=str(tmp_path / "out"), segment_s=2, jobs=1)
+    summary = pack(config)
+    assert [rejection.source for rejection in summary.rejected] == ["dog/broken.jpg"]
+    shards = ShardSet.open(tmp_path / "out")
+    samples = [shards.read(number) for number in range(shards.samples)]
+    assert sorted((sample.metadata["source"], shards.classes[sample.label], sample.frames) for sample in samples) == [
+        ("cat/a.jpg", "cat", 1),
+        ("cat/b.png", "cat", 1),
+        ("dog/c.webp", "dog", 1),
+    ]
+    assert all(open_video(sample.video).read(np.zeros(4, int)).shape == (4, 48, 64, 3) for sample in samples)
+
+
+def stop_before_the_end(monkeypatch, config: PackConfig, error: Exception, shards: int = 1) -> TubeletError:
     """Packs until the given error keeps a shard from being recorded, and returns what the pack made of it."""
     commit = PackFolder.commit
 
@@ -175,7 +196,6 @@ def stop_before_the_end(monkeypatch, videos: Path, out: Path, error: Exception, 
             raise error
         commit(folder, *arguments)
 
-    config = PackConfig(source=str(videos), out=str(out), samples_per_shard=4, jobs=1)
     with monkeypatch.context() as patched:
         patched.setattr(PackFolder, "commit", fail)
         with pytest.raises(TubeletError) as caught:
@@ -194,7 +214,8 @@ def stop_before_the_end(monkeypatch, videos: Path, out: Path, error: Exception, 
 def test_a_disk_that_fails_is_told_in_one_line_and_the_same_command_goes_on(
     videos, packed, tmp_path, monkeypatch, number, kind, words
 ):
-    error = stop_before_the_end(monkeypatch, videos, tmp_path / "out", OSError(number, os.strerror(number)))
+    config = PackConfig(source=str(videos), out=str(tmp_path / "out"), samples_per_shard=4, jobs=1)
+    error = stop_before_the_end(monkeypatch, config, OSError(number, os.strerror(number)))
     assert type(error) is kind
     kept = "1 of 3 shards are finished and stay; run the same command again to go on"
     assert str(error) == f"{tmp_path / 'out'}: {words}; {kept}"
@@ -209,10 +230,10 @@ def test_a_damaged_record_is_refused_by_name_and_packed_again_without_it(
     videos, packed, tmp_path, monkeypatch, damage: Callable[[Path], object]
 ):
     out = tmp_path / "out"
-    stop_before_the_end(monkeypatch, videos, out, OSError(errno.EIO, "words"))
+    config = PackConfig(source=str(videos), out=str(out), samples_per_shard=4, jobs=1)
+    stop_before_the_end(monkeypatch, config, OSError(errno.EIO, "words"))
     record = out / ".packing" / "shard-000000.tar.json"
     damage(record)
-    config = PackConfig(source=str(videos), out=str(out), samples_per_shard=4, jobs=1)
     with pytest.raises(Refused, match="remove it, and the same command packs shard-000000") as caught:
         pack(config)
     assert str(caught.value).startswith(f"{record}: not the record of a shard")

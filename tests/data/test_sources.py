@@ -136,3 +136,33 @@ def test_a_list_reads_back_as_it_was_written(entries):
     entries = [(f"{path}.mp4", label) for path, label in entries if not label.lower().endswith((".ts", ".gif"))]
     lines = [f"{path} {label}" for path, label in entries]
     assert parse_list(lines, "list") == [(number, *entry) for number, entry in enumerate(entries, 1)]
+
+
+def test_a_folder_of_images_alone_is_a_set_and_images_beside_videos_are_not(tmp_path):
+    sources = find_sources(touch(tmp_path, "cat/a.jpg", "cat/b.PNG", "dog/c.webp", "dog/d.jpeg", "dog/notes.txt"))
+    assert labels(sources) == {"cat/a.jpg": 0, "cat/b.PNG": 0, "dog/c.webp": 1, "dog/d.jpeg": 1}
+    assert sources.ignored == 1
+    sources = find_sources(touch(tmp_path, "dog/e.mp4"))
+    assert (labels(sources), sources.ignored) == ({"dog/e.mp4": 0}, 5)
+
+
+def test_a_list_may_name_images_beside_videos(tmp_path):
+    assert labels(find_sources(tmp_path, listing(tmp_path, "a.mp4 x\nb.jpg y\n"))) == {"a.mp4": 0, "b.jpg": 1}
+    with pytest.raises(Refused, match="no label"):
+        find_sources(tmp_path, listing(tmp_path, "a.mp4 x\nmy b.jpg\n"))
+
+
+def test_classes_come_from_labels_files_and_shard_sets(tmp_path):
+    numbered = listing(tmp_path, '{"b": "0", "a": 1}', "labels.json")
+    assert read_classes(str(numbered)) == ("b", "a")
+    (tmp_path / "shards").mkdir()
+    with pytest.raises(Refused, match=r"holds no index\.json"):
+        read_classes(str(tmp_path / "shards"))
+    listing(tmp_path / "shards", '{"classes": ["b", "a"]}', "index.json")
+    assert read_classes(str(tmp_path / "shards")) == ("b", "a")
+    for text in ('{"classes": []}', "[]", "{"):
+        listing(tmp_path / "shards", text, "index.json")
+        with pytest.raises(Refused, match="classes: "):
+            read_classes(str(tmp_path / "shards"))
+    with pytest.raises(Refused, match=r"does not number its classes from 0 without gaps \(see 'a'\)"):
+        read_classes(str(listing(tmp_path, '{"b": "0", "a": "2"}', "labels.json")))

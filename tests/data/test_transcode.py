@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from pretrain.data.transcode import Transcoded, at_constant_rate, fitted_size, rounded_rate, transcode
 from pretrain.errors import BadSample
@@ -106,6 +107,40 @@ def test_a_single_frame_is_a_video(tmp_path):
     assert transcode(make_video(tmp_path / "a.mp4", frames=1)).frames == 1
 
 
+@pytest.mark.parametrize("frame_rate", [None, 60, 7.5])
+@pytest.mark.parametrize(
+    ("name", "mode", "saving"),
+    [
+        ("a.jpg", "RGB", {"quality": 95}),
+        ("100%d [a]*?.jpeg", "RGB", {"quality": 95, "progressive": True}),
+        ("grey.jpg", "L", {}),
+        ("print.jpg", "CMYK", {"quality": 95}),
+        ("a.png", "RGB", {}),
+        ("palette.PNG", "P", {}),
+        ("transparent.png", "RGBA", {}),
+        ("wrongly_named.jpg", "RGB", {"format": "PNG"}),
+        ("a.webp", "RGB", {"lossless": True}),
+    ],
+)
+def test_an_image_is_a_video_of_one_frame(tmp_path, name, mode, saving, frame_rate):
+    (picture,) = moving_square(1, 50, 70, seed=2)
+    Image.fromarray(picture).convert(mode).save(tmp_path / name, **saving)
+    result = transcode(tmp_path / name, frame_rate=frame_rate)
+    (frame,) = decoded(result)
+    assert (result.frames, result.frame_rate, result.height, result.width) == (1, frame_rate or 25, 50, 70)
+    expected = np.asarray(Image.fromarray(picture).convert(mode).convert("RGB"))
+    assert distance(frame, expected) < {"CMYK": 12, "P": 20}.get(mode, 8)
+
+
+def test_an_image_is_turned_as_its_camera_says(tmp_path):
+    (picture,) = moving_square(1, 48, 64, seed=2)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the top of the picture is on the right
+    Image.fromarray(picture).save(tmp_path / "a.jpg", quality=95, exif=turned)
+    (frame,) = decoded(transcode(tmp_path / "a.jpg"))
+    assert distance(frame, np.rot90(picture, -1)) < 6
+
+
 def test_a_file_that_lost_little_of_its_end_is_kept(tmp_path):
     source = truncate(make_video(tmp_path / "a.mkv", frames=100, options={"g": "10"}), 0.92)
     assert 90 <= transcode(source).frames < 100
@@ -121,6 +156,8 @@ def broken_files(folder):
     (folder / "text.mp4").write_text("no video " * 1000)
     yield folder / "text.mp4", "Invalid data"
     yield folder / "missing.mp4", "No such file"
+    Image.new("RGB", (64, 48)).save(folder / "image.png")
+    yield truncate(folder / "image.png", 0.5), "Invalid data|none of its"
     (folder / "a_folder.mp4").mkdir()
     yield folder / "a_folder.mp4", "directory"
     yield make_video(folder / "jump.mkv", frames=3, times_s=[0, 0.1, 1000]), "jump by 1000 s"

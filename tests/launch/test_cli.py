@@ -99,6 +99,8 @@ def test_a_pretraining_run_that_cannot_be_is_refused_in_one_line(recipe, tmp_pat
         (["pack", "a", "b", "c"], "c: is one folder too many; give SRC and OUT"),
         (["pack", "/nowhere", "/tmp/never-written", "--short-sied", "3"], "did you mean short_side?"),
         (["pack", "/nowhere", "/tmp/never-written", "--short-side", "33"], "short_side: 33 does not do"),
+        (["pack", "/tmp", "/tmp/never-written", "--annotations", "/nowhere.csv"], "/nowhere.csv: no such file"),
+        (["pack", "/tmp", "/tmp/never-written", "--segment-s", "0"], "segment_s: 0.0 does not do"),
         (["demo", "--nothing", "3"], "nothing: there is no such field"),
     ],
     ids=lambda value: " ".join(value)[:50] if isinstance(value, list) else "",
