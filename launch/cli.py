@@ -12,12 +12,15 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn, get_args
 
-from pretrain.errors import EXIT_FAILED, EXIT_REFUSED, Refused
+from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_REFUSED, Refused
 
 USAGE = """tubelet COMMAND ...
 
   pack SRC OUT        make shards from a folder of videos, of class folders or of images, or from those that --list FILE
                       or --annotations FILE of Kinetics, Something-Something v2, UCF101 or HMDB51 names
+  index TARS          make shards of WebDataset tars that others made, in place
+  check SHARDS        read and decode all of a set of shards, and list what is wrong with it
+  inspect SHARDS      tell what a set of shards holds, and draw a contact sheet of it
   pretrain            train an encoder on shards, without labels
   finetune            train a classifier on labelled shards, from an encoder or from scratch
   evaluate            measure a classifier on labelled shards
@@ -33,6 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     commands: dict[str, Callable[[list[str]], int]] = {
         "pack": _pack,
+        "index": _index,
+        "check": _check,
+        "inspect": _inspect,
         "pretrain": _pretrain,
         "finetune": _finetune,
         "evaluate": _evaluate,
@@ -75,7 +81,41 @@ def _pack(arguments: list[str]) -> int:
     from pretrain.engine.progress import set_up_logging
 
     set_up_logging()
-    return run_command(lambda: pack(parse_plain(PackConfig, "pack", _named(arguments))))
+    return run_command(lambda: pack(parse_plain(PackConfig, "pack", _named(arguments, ("source", "out")))))
+
+
+def _index(arguments: list[str]) -> int:
+    from pretrain.commandline import parse_plain, run_command
+    from pretrain.data.index_tars import IndexConfig, index
+    from pretrain.engine.progress import set_up_logging
+
+    tars, rest = _without_names(arguments)
+    given = [f"--tars={json.dumps(tars)}"] if tars else []
+    set_up_logging()
+    return run_command(lambda: index(parse_plain(IndexConfig, "index", given + rest)))
+
+
+def _check(arguments: list[str]) -> int:
+    from pretrain.commandline import parse_plain, run_command
+    from pretrain.data.check import CheckConfig, check
+    from pretrain.engine.progress import set_up_logging
+
+    problems: list[object] = []
+
+    def command() -> None:
+        problems.extend(check(parse_plain(CheckConfig, "check", _named(arguments, ("shards",)))).problems)
+
+    set_up_logging()
+    return run_command(command) or (EXIT_FAILED if problems else EXIT_DONE)
+
+
+def _inspect(arguments: list[str]) -> int:
+    from pretrain.commandline import parse_plain, run_command
+    from pretrain.data.inspection import InspectConfig, inspect
+    from pretrain.engine.progress import set_up_logging
+
+    set_up_logging()
+    return run_command(lambda: inspect(parse_plain(InspectConfig, "inspect", _named(arguments, ("shards",)))))
 
 
 def _evaluate(arguments: list[str]) -> int:
@@ -175,9 +215,24 @@ class _Parser(argparse.ArgumentParser):
         raise Refused(f"{self.prog}: {message}; see {self.prog} --help")
 
 
-def _named(arguments: list[str]) -> list[str]:
-    """Turns SRC and OUT into named arguments; jsonargparse's dataclasses know only these."""
-    positional, rest = [], []
+def _named(arguments: list[str], names: tuple[str, ...]) -> list[str]:
+    """Turns arguments without a name into named ones; jsonargparse's dataclasses know only these.
+
+    With `--list`, a single one is the last of `names`.
+    """
+    positional, rest = _without_names(arguments)
+    from_list = any(argument.split("=")[0] == "--list" for argument in rest)
+    names = names[-1:] if from_list and len(positional) == 1 else names
+    if len(positional) > len(names):
+        expected = " and ".join({"source": "SRC"}.get(name, name.upper()) for name in names)
+        raise Refused(f"{positional[len(names)]}: is one folder too many; give {expected}")
+    return [part for name, value in zip(names, positional, strict=False) for part in (f"--{name}", value)] + rest
+
+
+def _without_names(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Returns the arguments without a name, and the others with their values."""
+    positional: list[str] = []
+    rest: list[str] = []
     waiting = list(reversed(arguments))
     while waiting:
         argument = waiting.pop()
@@ -189,11 +244,7 @@ def _named(arguments: list[str]) -> list[str]:
             rest.append("true")
         elif "=" not in argument and argument not in ("-h", "--help", "--print_config") and waiting:
             rest.append(waiting.pop())
-    from_list = any(argument.split("=")[0] == "--list" for argument in rest)
-    names = ("out",) if from_list and len(positional) == 1 else ("source", "out")
-    if len(positional) > len(names):
-        raise Refused(f"{positional[len(names)]}: is one folder too many; give SRC and OUT")
-    return [part for name, value in zip(names, positional, strict=False) for part in (f"--{name}", value)] + rest
+    return positional, rest
 
 
 if __name__ == "__main__":

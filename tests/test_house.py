@@ -104,9 +104,11 @@ def test_the_model_is_imported_without_data_engine_deepspeed_or_wandb():
     assert not {name for name in loaded if any(is_inside(name, room) for room in unwanted)}
 
 
-def test_packing_starts_its_workers_without_torch():
+def test_worker_processes_on_videos_start_without_torch():
     loaded = modules_after("import pretrain.data.pack_worker")
     assert "av" in loaded
+    assert not {"torch", "webdataset", "decord"} & loaded
+    loaded = modules_after("import pretrain.data.check_worker, pretrain.data.index_worker, pretrain.data.contact_sheet")
     assert not {"torch", "webdataset", "decord"} & loaded
 
 

@@ -14,12 +14,13 @@ from pathlib import Path
 
 from pretrain.data.pack_folder import PackFolder, Rejection, ShardRecord
 from pretrain.data.pack_plan import PackPlan, PlannedShard, make_plan
-from pretrain.data.pack_report import PackProgress, PackSummary, show_summary
+from pretrain.data.pack_report import PackSummary, show_summary
 from pretrain.data.pack_segments import cut_into_segments
 from pretrain.data.pack_worker import VideoTask, transcode_task
 from pretrain.data.pool import Died, WorkerPool
 from pretrain.data.shard_writer import PackedSample, write_shard
 from pretrain.data.sources import find_sources
+from pretrain.data.terminal import TaskProgress
 from pretrain.data.transcode import RATE_RANGE, Transcoded
 from pretrain.errors import EXIT_INTERRUPTED, DiskFull, Refused, TubeletError
 from pretrain.files import is_out_of_space
@@ -173,7 +174,7 @@ def _pack_shards(folder: PackFolder, plan: PackPlan, jobs: int, stall_s: float) 
         for video in planned.videos
     )
     videos = plan.settings["videos"]
-    with PackProgress(videos) as progress, WorkerPool(transcode_task, jobs) as pool:
+    with TaskProgress("packing", videos) as progress, WorkerPool(transcode_task, jobs) as pool:
         if done:
             left = sum(len(planned.videos) for planned in todo)
             progress.resume(videos - left, sum(len(record.rejected) for record in done))
@@ -189,7 +190,7 @@ def _accepted(
     planned: PlannedShard,
     results: Iterator[Transcoded | str],
     rejected: list[Rejection],
-    progress: PackProgress,
+    progress: TaskProgress,
 ) -> Iterator[PackedSample]:
     """Takes one result for each video of a shard; yields those that can go in, and puts the others on the list."""
     for video, result in zip(planned.videos, results, strict=False):
@@ -198,7 +199,7 @@ def _accepted(
         else:
             segment = "" if video.segment is None else f" (segment {video.segment})"
             rejected.append(Rejection(video.path, result + segment))
-        progress.advance(rejected=isinstance(result, str))
+        progress.advance(bad=isinstance(result, str))
 
 
 @contextlib.contextmanager

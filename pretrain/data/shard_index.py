@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import posixpath
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,7 +31,8 @@ class ShardIndex:
     """What `SHARD.idx` says of the samples of one shard, column by column; offsets and sizes in bytes.
 
     `checksums` are CRC-32s over the stretch of the tar that a read takes: from where the JSON's bytes start to where
-    the video's end.
+    the video's end. `heights` and `widths` are those of the stored frames, in pixels; None in an index that was written
+    before it told them.
     """
 
     keys: Sequence[str]
@@ -42,6 +44,8 @@ class ShardIndex:
     video_offsets: Sequence[int]
     video_sizes: Sequence[int]
     checksums: Sequence[int]
+    heights: Sequence[int] | None = None
+    widths: Sequence[int] | None = None
 
     def to_bytes(self) -> bytes:
         """Returns the content of the `.idx` file; equal indexes give equal bytes."""
@@ -51,3 +55,10 @@ class ShardIndex:
     def from_bytes(cls, content: bytes) -> "ShardIndex":
         """Reads what `to_bytes` wrote."""
         return cls(**json.loads(content))
+
+
+def key_and_suffix(name: str) -> tuple[str, str]:
+    """Splits the name of a tar's member as webdataset does: at the first dot of its last part; suffix in lower case."""
+    folder, base = posixpath.split(name)
+    key, _, suffix = base.partition(".")
+    return posixpath.join(folder, key), suffix.lower()

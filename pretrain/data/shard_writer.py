@@ -112,6 +112,7 @@ def _row(path: Path, file: Any, key: str, members: dict[str, tarfile.TarInfo]) -
     try:
         metadata = json.loads(stretch[: metadata_member.size])
         frames, frame_rate = metadata["frames"], metadata["frame_rate"]
+        height, width = metadata["height"], metadata["width"]
         label = None
         if "cls" in members:
             file.seek(members["cls"].offset_data)
@@ -130,4 +131,6 @@ def _row(path: Path, file: Any, key: str, members: dict[str, tarfile.TarInfo]) -
         "video_offsets": video_member.offset_data,
         "video_sizes": video_member.size,
         "checksums": zlib.crc32(stretch),
+        "heights": height,
+        "widths": width,
     }

@@ -86,11 +86,11 @@ class ShardSet:
         self._start_empty()
 
     @classmethod
-    def open(cls, folder: str | Path) -> "ShardSet":
+    def open(cls, folder: str | Path, check_files: bool = True) -> "ShardSet":
         """Opens a folder of shards and checks that all that its index names is there.
 
-        Names and sizes are checked here and the hash of a `.idx` when it is first read; the hashes of the shards
-        themselves, which take a full read, are not.
+        Names and sizes are checked here, unless `check_files` is False, and the hash of a `.idx` when it is first read;
+        the hashes of the shards themselves, which take a full read, are checked by `tubelet check` alone.
 
         Raises:
             Refused: The folder or its index is missing, not readable, of a newer format, or does not match its files.
@@ -111,7 +111,7 @@ class ShardSet:
             raise Refused(
                 f"{path}: not a shard index ({error!r}); pack the videos again with `tubelet pack`"
             ) from error
-        for shard in opened.shards:
+        for shard in opened.shards if check_files else ():
             _check_files(folder, shard)
         return opened
 
@@ -176,7 +176,7 @@ class ShardSet:
             label=index.labels[row] if index.labels is not None else None,
             frames=index.frames[row],
             frame_rate=index.frame_rates[row],
-            metadata=json.loads(stretch[: index.metadata_sizes[row]]),
+            metadata=json.loads(stretch[: index.metadata_sizes[row]] or b"{}"),
         )
 
     def shard_index(self, shard: int) -> ShardIndex:
@@ -234,7 +234,8 @@ def _read_index_file(path: Path) -> bytes:
         if not folder.is_dir():
             raise Refused(f"{folder}: no such folder; make it with `tubelet pack VIDEOS {folder}`") from error
         remedy = (
-            "pack the videos with `tubelet pack VIDEOS SHARDS`, or run an interrupted `tubelet pack` again to finish"
+            "pack the videos with `tubelet pack VIDEOS SHARDS`, run an interrupted `tubelet pack` again to finish, or "
+            "index tars that others made with `tubelet index TARS --out SHARDS`"
         )
         raise Refused(f"{folder}: holds no {INDEX_NAME}, so it is not a finished shard set; {remedy}") from error
     except OSError as error:

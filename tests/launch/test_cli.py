@@ -83,7 +83,7 @@ def test_a_pretraining_run_that_cannot_be_is_refused_in_one_line(recipe, tmp_pat
     ("command", "message"),
     [
         (["pretrian"], "pretrian: there is no such command; did you mean pretrain?"),
-        (["zzz"], "zzz: there is no such command; the commands are pack, pretrain"),
+        (["zzz"], "zzz: there is no such command; the commands are pack, "),
         (["pretrain", "--config", "videomae_x"], "videomae_x: is no file and no recipe of configs/pretrain; did you"),
         (["pretrain", "--config=videomae_x"], "videomae_x: is no file and no recipe of configs/pretrain; did you"),
         (["finetune", "--config", "nothing-like-it"], "the recipes are "),
