@@ -158,7 +158,7 @@ def test_a_video_that_does_not_decode_is_found_though_all_checksums_fit(tmp_path
     (folder / "index.json").write_text(json.dumps(described))
     report = check_folder(folder)
     assert [problem.key for problem in report.problems] == [before.keys[1]]
-    assert "decord cannot open it" in report.problems[0].reason
+    assert "PyAV cannot open it" in report.problems[0].reason
     assert report.problems[0].remedy == "make the set again with `tubelet pack` or `tubelet index`"
 
 

@@ -158,7 +158,7 @@ def test_what_cannot_be_read_is_listed_with_its_reason_and_left_out(videos, tmp_
     lines = (tmp_path / "out/rejected.jsonl").read_text().splitlines()
     reasons = {entry["source"]: entry["reason"] for entry in map(json.loads, lines)}
     for source, words in {
-        "a.tar/broken": "decord cannot open it",
+        "a.tar/broken": "PyAV cannot open it",
         "a.tar/unlabelled": "has no cls, so no label",
         "a.tar/captioned": "holds no video, only cls, txt",
         "a.tar/strange": "its cls cannot be read",
