@@ -17,10 +17,10 @@ from finetune.classifier import load
 from finetune.config import ViewsConfig
 from pretrain.commandline import met_by_every_rank
 from pretrain.data.clips import ClipConfig
-from pretrain.data.loader import EvaluationViews, evaluation_batches
 from pretrain.data.order import evaluation_slice
 from pretrain.data.shards import ShardSet
 from pretrain.data.video import DecoderName
+from pretrain.data.views import EvaluationViews, evaluation_batches
 from pretrain.engine.distributed import Processes
 from pretrain.errors import DiskFull, Refused, StoppedByRule
 from pretrain.files import is_out_of_space, write_json, write_text

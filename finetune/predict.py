@@ -12,10 +12,10 @@ from torch import Tensor
 
 from finetune.classifier import ModelDescription, load
 from finetune.config import ViewsConfig
-from pretrain.data.loader import views_of
 from pretrain.data.shards import Sample
 from pretrain.data.transcode import transcode
 from pretrain.data.video import DecoderName
+from pretrain.data.views import views_of
 from pretrain.errors import BadSample, StoppedByRule
 
 TOP = 5

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pretrain.data.clips import ClipConfig
-from pretrain.data.loader import EvaluationViews, evaluation_batches
 from pretrain.data.order import evaluation_slice
 from pretrain.data.shards import ShardSet
+from pretrain.data.views import EvaluationViews, evaluation_batches
 from pretrain.errors import Refused, StoppedByRule
 from pretrain.stage import refuse_stride_on_resampled
 

@@ -44,3 +44,15 @@ class DiskFull(TubeletError):
     """A write failed for want of space; what was complete before is still there."""
 
     exit_code = EXIT_REFUSED
+
+
+def reason_of_failure(error: Exception) -> str:
+    """Returns in one line why a video was given up; one strange file must not end the work on a million.
+
+    A bad sample has its own reason; of anything else that a library threw, the kind is told.
+    """
+    if isinstance(error, BadSample):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "does not fit in memory"
+    return f"unexpected {type(error).__name__}: {' '.join(str(error).split())}"

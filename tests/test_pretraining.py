@@ -11,8 +11,8 @@ import torch
 from launch.cli import main
 from pretrain.commandline import parse
 from pretrain.config import PretrainConfig
-from pretrain.data.loader import EvaluationViews
 from pretrain.data.shards import ShardSet
+from pretrain.data.views import EvaluationViews
 from pretrain.engine.distributed import Processes
 from pretrain.engine.tracking import Tracker
 from pretrain.model.mae import MaskedAutoencoder

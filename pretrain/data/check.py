@@ -18,11 +18,11 @@ from rich.table import Table
 
 from pretrain.data.check_worker import COPY_AGAIN, MAKE_AGAIN, Problem, SampleTask, TarTask, check_task
 from pretrain.data.decode_check import DecodeName
-from pretrain.data.pool import Died, WorkerPool
+from pretrain.data.pool import Died, WorkerPool, refuse_pool_options
 from pretrain.data.shard_index import INDEX_NAME, ShardIndex
 from pretrain.data.shards import ShardSet
 from pretrain.data.terminal import TaskProgress, add_reasons
-from pretrain.errors import Refused, TubeletError
+from pretrain.errors import TubeletError
 
 DECODED = {
     "three": "first, middle and last frame decoded",
@@ -48,10 +48,7 @@ class CheckConfig:
 
     def validate(self) -> None:
         """Raises `Refused` for numbers that cannot be."""
-        if self.jobs < 0:
-            raise Refused(f"jobs: {self.jobs} does not do; use 0 or more")
-        if not 0 < self.stall_s <= 86400:
-            raise Refused(f"stall_s: {self.stall_s} does not do; use more than 0 and at most 86400 seconds")
+        refuse_pool_options(self.jobs, self.stall_s)
 
 
 @dataclasses.dataclass(frozen=True)

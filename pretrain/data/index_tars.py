@@ -30,7 +30,7 @@ from pretrain.data.index_worker import (
 )
 from pretrain.data.index_writer import IndexedTar, check_folder, write_index
 from pretrain.data.pack_folder import REJECTED_NAME, Rejection
-from pretrain.data.pool import Died, WorkerPool
+from pretrain.data.pool import Died, WorkerPool, refuse_pool_options
 from pretrain.data.shards import ShardSet
 from pretrain.data.sources import MAX_CLASSES
 from pretrain.data.terminal import TaskProgress, add_reasons
@@ -67,10 +67,7 @@ class IndexConfig:
             raise Refused(f"label_field: {self.label_field} does not do; use cls, txt, or json.FIELD")
         if self.unlabelled and (self.label_field or self.classes):
             raise Refused("unlabelled: takes neither label_field nor classes; drop one or the other")
-        if self.jobs < 0:
-            raise Refused(f"jobs: {self.jobs} does not do; use 0 or more")
-        if not 0 < self.stall_s <= 86400:
-            raise Refused(f"stall_s: {self.stall_s} does not do; use more than 0 and at most 86400 seconds")
+        refuse_pool_options(self.jobs, self.stall_s)
 
 
 @dataclasses.dataclass(frozen=True)

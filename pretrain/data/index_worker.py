@@ -20,7 +20,7 @@ from pretrain.data.decode_check import decode_video
 from pretrain.data.shard_index import key_and_suffix
 from pretrain.data.sources import VIDEO_SUFFIXES
 from pretrain.data.transcode import RATE_RANGE, rounded_rate
-from pretrain.errors import BadSample
+from pretrain.errors import BadSample, reason_of_failure
 from pretrain.files import sha256_of_file
 
 COMPRESSIONS = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
@@ -97,7 +97,7 @@ class IndexedVideo:
 def index_task(task: ScanTask | HashTask | VideoTask) -> ScannedTar | str | IndexedVideo:
     """Returns what is wanted: the samples of a tar, its SHA-256, or what a video is, which is its reason if it is bad.
 
-    One strange file must not end the indexing of a million: whatever goes wrong with it is its reason.
+    Whatever goes wrong with a strange file is its reason.
     """
     if isinstance(task, HashTask):
         return sha256_of_file(task.path)
@@ -105,12 +105,8 @@ def index_task(task: ScanTask | HashTask | VideoTask) -> ScannedTar | str | Inde
         return scan_tar(task)
     try:
         return read_video(task)
-    except BadSample as error:
-        return str(error)
-    except MemoryError:
-        return "does not fit in memory"
     except Exception as error:
-        return f"unexpected {type(error).__name__}: {' '.join(str(error).split())}"
+        return reason_of_failure(error)
 
 
 def scan_tar(task: ScanTask) -> ScannedTar:

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from pretrain.data.clips import ClipConfig, cut, frame_indices, is_mirrored, training_box, view_box
+from pretrain.data.clips import ClipConfig, cut, frame_indices, is_mirrored, training_box
 from pretrain.data.order import Mixture, Order
 from pretrain.data.processes import become_worker, fork_server
 from pretrain.data.randomness import Purpose, raw_words, sample_key, uniform
-from pretrain.data.shards import Sample, ShardSet
+from pretrain.data.shards import ShardSet
 from pretrain.data.video import DecoderName, open_video
 from pretrain.errors import BadSample, Refused, StoppedByRule, TubeletError
 
@@ -283,7 +283,7 @@ def training_batches(clips: TrainingClips, requests: MicroBatches, pin_memory: b
     Raises:
         NoSubstitute: A sample and all its substitutes cannot be decoded.
     """
-    for batch in _loader(clips, requests, clips.config.workers, _collate_unless_lost, pin_memory):
+    for batch in load_batches(clips, requests, clips.config.workers, _collate_unless_lost, pin_memory):
         if isinstance(batch, _Lost):
             raise _no_substitute(clips.sets[batch.skipped[-1]["set"]], batch.skipped)
         yield batch
@@ -306,107 +306,21 @@ def _no_substitute(shards: ShardSet, skipped: list[dict]) -> NoSubstitute:
     )
 
 
-class Views(NamedTuple):
-    """The views of one evaluation sample.
-
-    Attributes:
-        sample: The sample number.
-        clips: `(views, T, H, W, C)` uint8; zeros where the sample cannot be decoded.
-        label: Its class number, -1 where it has none.
-        key: Its key.
-        error: Why it cannot be decoded, or None.
-        counted: False for a filler that only keeps ranks in step.
-    """
-
-    sample: int
-    clips: torch.Tensor
-    label: int
-    key: str
-    error: str | None
-    counted: bool
-
-
-class EvaluationViews(Dataset):
-    """Cuts the views of each sample of a set, as `views_of` does.
-
-    Args:
-        shards: The samples.
-        config: The clip; its crop and flip are not used.
-        temporal: Time windows.
-        spatial: Crops.
-        decoder: Who decodes.
-    """
-
-    def __init__(
-        self,
-        shards: ShardSet,
-        config: ClipConfig,
-        temporal: int = 1,
-        spatial: int = 1,
-        decoder: DecoderName = "auto",
-    ) -> None:
-        """Keeps the arguments; opens nothing."""
-        self.shards = shards
-        self.config = config
-        self.temporal = temporal
-        self.spatial = spatial
-        self.decoder = decoder
-
-    def __getitem__(self, item: tuple[int, bool]) -> Views:
-        """Returns the views of sample number `item[0]`; `item[1]` tells whether it counts."""
-        number, counted = item
-        shard, row = self.shards.locate(number)
-        index = self.shards.shard_index(shard)
-        key, label = index.keys[row], -1 if index.labels is None else index.labels[row]
-        try:
-            clips = views_of(self.shards.read(number), self.config, self.temporal, self.spatial, self.decoder)
-            return Views(number, clips, label, key, None, counted)
-        except BadSample as error:
-            shape = (self.temporal * self.spatial, self.config.frames, self.config.size, self.config.size, 3)
-            return Views(number, torch.zeros(shape, dtype=torch.uint8), label, key, str(error), counted)
-
-
-def views_of(
-    sample: Sample, config: ClipConfig, temporal: int = 1, spatial: int = 1, decoder: DecoderName = "auto"
-) -> torch.Tensor:
-    """Cuts the views of a sample: `temporal` time windows times `spatial` crops, decoded once.
-
-    Args:
-        sample: The sample.
-        config: The clip; its crop and flip are not used.
-        temporal: Time windows spread evenly over the sample; one is the middle.
-        spatial: Square crops spread evenly along the longer side; one is the centre.
-        decoder: Who decodes.
-
-    Returns:
-        `(temporal * spatial, T, H, W, 3)` uint8.
-
-    Raises:
-        BadSample: The video cannot be decoded.
-    """
-    reader = open_video(sample.video, decoder)
-    moments = [0.5] if temporal == 1 else np.linspace(0, 1, temporal).tolist()
-    time_windows = [frame_indices(config, len(reader), sample.frame_rate, moment)[0] for moment in moments]
-    needed = np.unique(np.concatenate(time_windows))
-    frames = torch.from_numpy(reader.read(needed))
-    height, width = frames.shape[1:3]
-    boxes = [view_box(height, width, view, spatial) for view in range(spatial)]
-    shown = [frames[np.searchsorted(needed, time_window)] for time_window in time_windows]
-    return torch.stack([cut(one, box, config.size) for one in shown for box in boxes])
-
-
-def evaluation_batches(
-    views: EvaluationViews, numbers: np.ndarray, counted: np.ndarray, samples_per_batch: int, workers: int
-) -> Iterable[list[Views]]:
-    """Returns an iterable of lists of views, each sample once, in the order of `numbers`."""
-    items = list(zip(numbers.tolist(), counted.tolist(), strict=True))
-    batches = [items[start : start + samples_per_batch] for start in range(0, len(items), samples_per_batch)]
-    return _loader(views, batches, workers, list, pin_memory=False)
-
-
-def _loader(
+def load_batches(
     dataset: Dataset, requests: Iterable, workers: int, collate_fn: Callable, pin_memory: bool
 ) -> Iterator[Any]:
+    """Yields what a dataset returns for lists of requests, from worker processes or from this one.
+
+    Args:
+        dataset: Returns one item for one request.
+        requests: Lists of requests, one for each batch.
+        workers: Worker processes; 0 loads here.
+        collate_fn: Makes a batch of a list of items.
+        pin_memory: Whether batches are pinned for copying to a GPU.
+
+    Raises:
+        TubeletError: What the dataset raised, in a worker or here.
+    """
     parallel: dict[str, Any] = (
         {"multiprocessing_context": fork_server(), "prefetch_factor": PREFETCHED_BATCHES} if workers else {}
     )

@@ -17,7 +17,7 @@ from pretrain.data.pack_plan import PackPlan, PlannedShard, make_plan
 from pretrain.data.pack_report import PackSummary, show_summary
 from pretrain.data.pack_segments import cut_into_segments
 from pretrain.data.pack_worker import VideoTask, transcode_task
-from pretrain.data.pool import Died, WorkerPool
+from pretrain.data.pool import Died, WorkerPool, refuse_pool_options
 from pretrain.data.shard_writer import PackedSample, write_shard
 from pretrain.data.sources import find_sources
 from pretrain.data.terminal import TaskProgress
@@ -25,7 +25,6 @@ from pretrain.data.transcode import RATE_RANGE, Transcoded
 from pretrain.errors import EXIT_INTERRUPTED, DiskFull, Refused, TubeletError
 from pretrain.files import is_out_of_space
 
-LONGEST_STALL_S = 86400
 SHORTEST_SEGMENT_S = 0.1
 LONGEST_SEGMENT_S = 86400
 
@@ -83,9 +82,8 @@ class PackConfig:
             raise Refused(
                 f"segment_s: {self.segment_s} does not do; use {SHORTEST_SEGMENT_S} to {LONGEST_SEGMENT_S} seconds"
             )
-        if not 0 < self.stall_s <= LONGEST_STALL_S:
-            raise Refused(f"stall_s: {self.stall_s} does not do; use more than 0 and at most {LONGEST_STALL_S} seconds")
-        for name, least in (("gop", 1), ("samples_per_shard", 1), ("jobs", 0), ("seed", 0)):
+        refuse_pool_options(self.jobs, self.stall_s)
+        for name, least in (("gop", 1), ("samples_per_shard", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise Refused(f"{name}: {getattr(self, name)} does not do; use {least} or more")
         if self.annotations is not None and self.list is not None:

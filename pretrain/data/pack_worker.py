@@ -11,7 +11,7 @@ import av
 
 from pretrain.data.segments import Segment
 from pretrain.data.transcode import Transcoded, duration_of, transcode
-from pretrain.errors import BadSample
+from pretrain.errors import reason_of_failure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class VideoTask:
 def transcode_task(task: VideoTask) -> Transcoded | str:
     """Returns the transcoded video, or the reason why there is none.
 
-    One strange file must not end a pack of a million: whatever goes wrong with it is its reason.
+    Whatever goes wrong with a strange file is its reason.
     """
     with _watchdog(task.stall_s) as watch:
         try:
@@ -44,12 +44,8 @@ def transcode_task(task: VideoTask) -> Transcoded | str:
                 segment=task.segment,
                 on_progress=watch,
             )
-        except BadSample as error:
-            return str(error)
-        except MemoryError:
-            return "does not fit in memory"
         except Exception as error:
-            return f"unexpected {type(error).__name__}: {' '.join(str(error).split())}"
+            return reason_of_failure(error)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,11 +16,13 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Generic, TypeVar
 
 from pretrain.data.processes import become_worker, fork_server
+from pretrain.errors import Refused
 
 AHEAD = 4
 """Tasks in flight or finished but not yet taken, per worker; bounds the memory that results hold."""
 CHECK_EVERY_S = 0.2
 """How long Ctrl-C may go unnoticed, in seconds."""
+LONGEST_STALL_S = 86400
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -28,6 +30,14 @@ Result = TypeVar("Result")
 
 class Died:
     """Stands in for the result of a task that killed its worker twice."""
+
+
+def refuse_pool_options(jobs: int, stall_s: float) -> None:
+    """Raises `Refused` for a number of processes, or for seconds without progress, that cannot be."""
+    if jobs < 0:
+        raise Refused(f"jobs: {jobs} does not do; use 0 or more")
+    if not 0 < stall_s <= LONGEST_STALL_S:
+        raise Refused(f"stall_s: {stall_s} does not do; use more than 0 and at most {LONGEST_STALL_S} seconds")
 
 
 class WorkerPool(Generic[Task, Result]):

@@ -19,21 +19,19 @@ from pretrain.data.loader import (
     SUBSTITUTES,
     Batch,
     DataConfig,
-    EvaluationViews,
     MicroBatches,
     NoSubstitute,
     Request,
     TrainingClips,
     collate,
-    evaluation_batches,
     training_batches,
-    views_of,
 )
 from pretrain.data.order import Order, evaluation_slice
 from pretrain.data.shard_writer import PackedSample, write_shard
 from pretrain.data.shards import Sample, ShardSet
 from pretrain.data.transcode import Transcoded
 from pretrain.data.video import open_video
+from pretrain.data.views import EvaluationViews, evaluation_batches, views_of
 from pretrain.errors import EXIT_STOPPED, Refused
 from pretrain.model.masking import MaskConfig, draw_mask
 from pretrain.model.tubelets import Grid

@@ -15,9 +15,9 @@ from finetune.classifier import load
 from finetune.config import ViewsConfig
 from finetune.evaluate import VideoLogits, evaluate_on, evaluation_sections, figures_of
 from launch.cli import main
-from pretrain.data.loader import EvaluationViews
 from pretrain.data.order import evaluation_slice
 from pretrain.data.shards import ShardSet
+from pretrain.data.views import EvaluationViews
 from pretrain.engine.distributed import Processes
 from pretrain.errors import StoppedByRule
 from tests.runs import run
