@@ -21,6 +21,7 @@ class Witness:
         return {"some": "state"}
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell starts deaf
     worker = fork_server().Process(target=print, args=(Witness(),))
     worker.start()
     worker.join()
