@@ -20,7 +20,7 @@ from pretrain.data.shards import ShardSet
 from pretrain.engine.distributed import Processes, launched_world
 from pretrain.engine.optimizer import build_optimizer, build_schedule
 from pretrain.engine.progress import set_up_logging
-from pretrain.engine.run import SKIPPED, Run, open_run
+from pretrain.engine.run import KEYS, SKIPPED, Run, open_run
 from pretrain.engine.tracking import METRICS, read_metrics
 from pretrain.engine.trainer import Objective, Plan, Trainer, Validation
 from pretrain.errors import Refused
@@ -245,6 +245,7 @@ def train(
         run.state,
         validation,
         export,
+        run.out / KEYS if config.log_keys else None,
     )
     requests = MicroBatches(
         order, range(run.first_step, steps), config.data.micro_batch, processes.world, processes.rank

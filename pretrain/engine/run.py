@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 SKIPPED = "skipped.jsonl"
+KEYS = "keys.jsonl"
 SUMMARY = "summary.json"
 LIBRARIES = ("tubelet", "torch", "accelerate", "deepspeed", "timm")
 
@@ -72,7 +73,7 @@ class Run:
     def _rewrite_record(self) -> None:
         """Cuts the record back to the step that this attempt goes on from."""
         (self.out / "outcome.json").unlink(missing_ok=True)
-        for name in (METRICS, SKIPPED):
+        for name in (METRICS, SKIPPED, KEYS):
             cut_back(self.out / name, self.first_step)
         write_text(self.out / "config.yaml", self.config_yaml)
 
