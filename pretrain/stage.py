@@ -150,8 +150,14 @@ def open_stage(
             between attempts.
     """
     mixture = None
+    told = {"data.shards": f"{sets[0].folder} (fingerprint {sets[0].fingerprint})", "data.mixture": "none"}
     if isinstance(order, Mixture):
         mixture = [[shards.fingerprint, part.lanes] for shards, part in zip(sets, order.sets, strict=True)]
+        places = (
+            f"{shards.folder} in {lanes} lanes (fingerprint {fingerprint})"
+            for shards, (fingerprint, lanes) in zip(sets, mixture, strict=True)
+        )
+        told = {"data.shards": "none", "data.mixture": ", ".join(places)}
     identity = {
         "data.shards": sets[0].fingerprint if mixture is None else None,
         "data.mixture": mixture,
@@ -172,6 +178,7 @@ def open_stage(
         config.tracking,
         identity,
         config.checkpoint.keep_last,
+        told,
     )
 
 
