@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import hashlib
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -175,3 +176,15 @@ def test_the_list_is_the_same_for_any_world_workers_and_resume_step(packed_shard
             one._replace(rank=0, worker=None) for one in expected
         ]
         assert [one.rank for one in readings[:16]] == [rank for rank in range(world) for _ in range(16 // world)]
+
+
+def test_the_example_in_the_readme_is_true():
+    readme = (Path(__file__).parents[2] / "pretrain/data/README.md").read_text()
+    sizes = {"r": 10, "j": 4, "s": 2}
+    names = np.array([f"{name}{number}" for name, size in sizes.items() for number in range(size)])
+    labels = tuple(label for label, size in enumerate(sizes.values()) for _ in range(size))
+    order = BalancedOrder(labels, seed=0, lanes=1, global_batch=4, power=0.5)
+    assert [round(100 * share) for share in order.shares().values()] == [48, 30, 22]
+    for epoch in range(2):
+        steps = [" ".join(names[order.step(4 * epoch + step).samples]) for step in range(4)]
+        assert f"    epoch {epoch}    {'   '.join(steps)}\n" in readme

@@ -6,7 +6,9 @@ import hashlib
 import itertools
 import json
 import math
+import re
 import tracemalloc
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -386,3 +388,24 @@ def test_evaluation_counts_each_sample_once_and_keeps_ranks_in_step(samples, wor
     assert sorted(n for numbers, counted in slices for n in numbers[counted].tolist()) == list(range(samples))
     assert {len(numbers) for numbers, _ in slices} == {-(-samples // world)}
     assert all(0 <= n < samples for numbers, _ in slices for n in numbers)
+
+
+def test_the_drawing_in_the_readme_is_true():
+    readme = (Path(__file__).parents[2] / "pretrain/data/README.md").read_text()
+    sizes = {"A": 6, "B": 4, "C": 6, "D": 4, "E": 5}
+    names = np.array([f"{shard}{number}" for shard, size in sizes.items() for number in range(size)])
+    order = Order(tuple(sizes.values()), seed=0, lanes=2, shards_per_window=2, global_batch=8)
+    assert "|".join(" ".join(names[list(itertools.chain(*lane))]) for lane in order.lane_pieces) in readme
+    for epoch in range(2):
+        for lane in range(2):
+            drawn = re.search(rf"epoch {epoch}    lane 0.*\n *lane 1.*", readme).group().splitlines()[lane]
+            assert (
+                drawn.replace(" | ", " ")
+                .split("lane ")[1]
+                .startswith(f"{lane}   {' '.join(names[order.lane_order(epoch, lane)])}")
+            )
+        steps = np.split(names[order.epoch_order(epoch)], [8, 16, 24])
+        assert f"    epoch {epoch}    {'  '.join(map(' '.join, steps))}" in readme
+    step = order.step(1)
+    assert f"place    {'   '.join('  '.join(map(str, half)) for half in np.split(step.places, 2))}" in readme
+    assert f"sample   {'  '.join(' '.join(half) for half in np.split(names[step.samples], 2))}" in readme
