@@ -181,11 +181,6 @@ class Mixture:
         return sum(order.lanes for order in self.sets)
 
     @property
-    def shards_per_window(self) -> int:
-        """Pieces of shards that are shuffled together, the same in all sets."""
-        return self.sets[0].shards_per_window
-
-    @property
     def global_batch(self) -> int:
         """Samples in one step over all ranks and sets."""
         return sum(order.global_batch for order in self.sets)

@@ -58,7 +58,7 @@ def test_each_epoch_holds_every_class_in_its_share_rounded_down_or_up(order, epo
 
 
 @EXAMPLES
-@given(balanced_orders(), st.integers(1, 40))
+@given(balanced_orders(), st.integers(1, 12))
 def test_what_a_class_misses_in_one_epoch_it_gets_in_another(order, epochs):
     places = order.steps_per_epoch * order.global_batch * epochs
     counts = counts_of(order, range(order.steps_per_epoch * epochs))
