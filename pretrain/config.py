@@ -69,6 +69,8 @@ class RunConfig:
     """W&B: auto when there is a key, wandb always (offline without network), none never."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
+    log_keys: bool = False
+    """Write the keys of each step's samples to keys.jsonl, those of substitutes for bad samples included."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     """Samples and clips."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)

@@ -11,6 +11,7 @@ from torch import nn
 
 from pretrain.commandline import find_recipe, met_by_every_rank, to_dict, to_yaml
 from pretrain.config import RunConfig
+from pretrain.data.balanced import BalancedOrder, SampleOrder
 from pretrain.data.clips import ClipConfig
 from pretrain.data.loader import DataConfig, MicroBatches, TrainingClips, training_batches
 from pretrain.data.order import Mixture, Order, lanes_of_sets, nearest_divisor
@@ -19,7 +20,7 @@ from pretrain.data.shards import ShardSet
 from pretrain.engine.distributed import Processes, launched_world
 from pretrain.engine.optimizer import build_optimizer, build_schedule
 from pretrain.engine.progress import set_up_logging
-from pretrain.engine.run import SKIPPED, Run, open_run
+from pretrain.engine.run import KEYS, SKIPPED, Run, open_run
 from pretrain.engine.tracking import METRICS, read_metrics
 from pretrain.engine.trainer import Objective, Plan, Trainer, Validation
 from pretrain.errors import Refused
@@ -65,13 +66,17 @@ def open_sets(data: DataConfig) -> tuple[ShardSet, ...]:
     return tuple(open_shards("data.mixture", folder, data.clip) for folder in data.mixture)
 
 
-def order_of(config: RunConfig, *sets: ShardSet) -> Order | Mixture:
+def order_of(config: RunConfig, *sets: ShardSet) -> SampleOrder:
     """Returns the order of samples of a run over its set, or over the sets of its mixture.
 
     Raises:
-        Refused: The lanes, the weights or the samples do not come out even, or a set is too small.
+        Refused: The lanes, the weights or the samples do not come out even, a set is too small, or classes shall be
+            balanced where there are no labels.
     """
     data = config.data
+    if data.class_power < 1:
+        labels = labels_to_balance(data, sets[0])
+        return BalancedOrder(labels, config.seed, data.lanes, data.global_batch, data.class_power)
     if data.mixture is None:
         return Order(sets[0].samples_per_shard, config.seed, data.lanes, data.shards_per_window, data.global_batch)
     if data.global_batch % data.lanes:
@@ -90,6 +95,16 @@ def order_of(config: RunConfig, *sets: ShardSet) -> Order | Mixture:
         seed = seed_of_set(config.seed, number)
         orders.append(Order(shards.samples_per_shard, seed, lanes, data.shards_per_window, places))
     return Mixture(tuple(orders))
+
+
+def labels_to_balance(data: DataConfig, shards: ShardSet) -> tuple[int, ...]:
+    """Returns the class of each sample of a set whose classes are balanced; raises `Refused` if it has no labels."""
+    if not shards.labelled:
+        raise Refused(
+            f"data.class_power: {data.class_power} balances classes, but {shards.folder} has no labels; pack it from "
+            f"class folders or with --list, or leave data.class_power at 1"
+        )
+    return tuple(shards.labels())
 
 
 def validate(config: RunConfig) -> None:
@@ -119,7 +134,7 @@ def open_stage(
     config: RunConfig,
     processes: Processes,
     stage: str,
-    order: Order | Mixture,
+    order: SampleOrder,
     sets: tuple[ShardSet, ...],
     trained: dict[str, Any],
 ) -> AbstractContextManager[Run]:
@@ -135,15 +150,22 @@ def open_stage(
             between attempts.
     """
     mixture = None
+    told = {"data.shards": f"{sets[0].folder} (fingerprint {sets[0].fingerprint})", "data.mixture": "none"}
     if isinstance(order, Mixture):
         mixture = [[shards.fingerprint, part.lanes] for shards, part in zip(sets, order.sets, strict=True)]
+        places = (
+            f"{shards.folder} in {lanes} lanes (fingerprint {fingerprint})"
+            for shards, (fingerprint, lanes) in zip(sets, mixture, strict=True)
+        )
+        told = {"data.shards": "none", "data.mixture": ", ".join(places)}
     identity = {
-        "data.shards": sets[0].fingerprint if isinstance(order, Order) else None,
+        "data.shards": sets[0].fingerprint if mixture is None else None,
         "data.mixture": mixture,
         "seed": config.seed,
         "data.global_batch": order.global_batch,
-        "data.lanes": order.lanes,
-        "data.shards_per_window": order.shards_per_window,
+        "data.class_power": config.data.class_power,
+        "data.lanes": config.data.lanes,
+        "data.shards_per_window": config.data.shards_per_window,
         **trained,
     }
     return open_run(
@@ -156,13 +178,14 @@ def open_stage(
         config.tracking,
         identity,
         config.checkpoint.keep_last,
+        told,
     )
 
 
 def train(
     config: RunConfig,
     run: Run,
-    order: Order | Mixture,
+    order: SampleOrder,
     steps: int,
     model: nn.Module,
     clips: TrainingClips,
@@ -229,6 +252,7 @@ def train(
         run.state,
         validation,
         export,
+        run.out / KEYS if config.log_keys else None,
     )
     requests = MicroBatches(
         order, range(run.first_step, steps), config.data.micro_batch, processes.world, processes.rank

@@ -1,6 +1,7 @@
 """Pretraining on a mixture: it resumes to the bit, goes on with the same sets only, and can be listed."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -48,20 +49,47 @@ def test_a_run_s_mixture_is_listed(run, packed_shards, other_shards, capsys):
         assert {line["key"] for line in lines if line["set"] == number} <= keys
 
 
+def mixture_told(lanes: dict[Path, int]) -> str:
+    return ", ".join(
+        f"{folder} in {share} lanes (fingerprint {ShardSet.open(folder).fingerprint})"
+        for folder, share in lanes.items()
+    )
+
+
 @pytest.mark.parametrize("change", ["weights", "sets", "to one set"])
 def test_a_run_goes_on_with_the_same_mixture_only(run, packed_shards, other_shards, capsys, change):
     sets = {
         "weights": {packed_shards: 1, other_shards: 2},
         "sets": {other_shards: 2, packed_shards: 1},
     }
+    field, here, there = "data.shards", "none", "none"
+    if change in sets:
+        field, here = "data.mixture", mixture_told(sets[change])
+        there = mixture_told({packed_shards: 2, other_shards: 1})
+    else:
+        here = f"{packed_shards} (fingerprint {ShardSet.open(packed_shards).fingerprint})"
     options = ["--data.shards", str(packed_shards)]
     if change in sets:
         options = ["--data.mixture", json.dumps({str(folder): weight for folder, weight in sets[change].items()})]
     capsys.readouterr()
     assert main(["pretrain", "--config", str(run / "config.yaml"), "--steps", "9", *options]) == 2
     said = capsys.readouterr().err
-    assert "was written with" in said
-    assert said.startswith(("tubelet: data.mixture: is", "tubelet: data.shards: is"))
+    newest = run / "checkpoints" / "step-00000006"
+    assert said == (
+        f"tubelet: {field}: is {here}, but {newest} was written with {there}; use that again or give another --out\n"
+    )
+
+
+def test_a_run_goes_on_where_the_sets_of_its_mixture_were_moved_to(run, packed_shards, other_shards, tmp_path, capsys):
+    out = shutil.copytree(run, tmp_path / "run")
+    moved = {
+        str(shutil.copytree(folder, tmp_path / str(weight))): weight
+        for folder, weight in ((packed_shards, 2), (other_shards, 1))
+    }
+    capsys.readouterr()
+    more = ["--out", str(out), "--steps", "8", "--data.mixture", json.dumps(moved)]
+    assert main(["pretrain", "--config", str(run / "config.yaml"), *more]) == 0
+    assert "going on from step 6" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from pretrain.data.balanced import SampleOrder
 from pretrain.data.clips import ClipConfig, cut, frame_indices, is_mirrored, training_box
-from pretrain.data.order import Mixture, Order
 from pretrain.data.processes import become_worker, fork_server
 from pretrain.data.randomness import Purpose, raw_words, sample_key, uniform
 from pretrain.data.shards import ShardSet
@@ -55,6 +55,8 @@ class DataConfig:
     """Parts of the set that are read side by side; divides global_batch. A multiple of the nodes keeps caches warm."""
     shards_per_window: int = 8
     """Pieces of shards that are shuffled together."""
+    class_power: float = 1.0
+    """Class balance: a class's share of every step grows with its samples to this power; 1 as stored, 0 all alike."""
     decoder: DecoderName = "auto"
     """Who decodes: decord, pyav, or auto, which takes decord for what packing writes and pyav for all else."""
     workers: int = 4
@@ -72,6 +74,13 @@ class DataConfig:
         for folder, weight in (self.mixture or {}).items():
             if not 0 < weight < math.inf:
                 raise Refused(f"data.mixture: the weight {weight} of {folder} must be finite and greater than 0")
+        if not 0 <= self.class_power <= 1:
+            raise Refused(f"data.class_power: {self.class_power} must lie between 0 (all alike) and 1 (as stored)")
+        if self.class_power < 1 and self.mixture is not None:
+            raise Refused(
+                f"data.class_power: {self.class_power} balances the classes of one labelled set, and data.mixture "
+                f"names several sets; leave it at 1"
+            )
         if self.workers < 0:
             raise Refused(f"data.workers: {self.workers} must not be negative")
         if not 0 <= self.max_bad_share <= 1:
@@ -253,7 +262,7 @@ def collate(loaded: Sequence[_Loaded]) -> Batch:
 class MicroBatches:
     """The requests of one rank, micro-batch by micro-batch, from one step of the run to another."""
 
-    def __init__(self, order: Order | Mixture, steps: range, micro_batch: int, world: int, rank: int) -> None:
+    def __init__(self, order: SampleOrder, steps: range, micro_batch: int, world: int, rank: int) -> None:
         """Keeps the arguments; `world * micro_batch` must divide the order's global batch."""
         self.order = order
         self.steps = steps

@@ -26,6 +26,8 @@ import numpy as np
 from pretrain.data.randomness import key_for, permutation
 from pretrain.errors import Refused
 
+INTERLEAVED_LANES = 16  # written together, so that whole lines of the processor's cache are
+
 
 class Slice(NamedTuple):
     """What one rank reads in one step, in the order of its micro-batches.
@@ -63,16 +65,7 @@ class Order:
 
     def __post_init__(self) -> None:
         """Refuses what would not come out even, naming the nearest that does."""
-        if self.global_batch % self.lanes:
-            raise Refused(
-                f"data.lanes: {self.lanes} lanes do not divide data.global_batch {self.global_batch}; "
-                f"use {nearest_divisor(self.global_batch, self.lanes)}"
-            )
-        if self.samples < self.global_batch:
-            raise Refused(
-                f"data.global_batch: {self.global_batch} is more than the {self.samples} samples of the shards; "
-                f"use at most {self.samples} or add samples"
-            )
+        refuse_uneven(self.samples, self.lanes, self.global_batch)
 
     @functools.cached_property
     def samples(self) -> int:
@@ -111,9 +104,15 @@ class Order:
 
     def epoch_order(self, epoch: int) -> np.ndarray:
         """Returns `(samples,)` sample numbers: entry p is the sample at position p of the epoch."""
+        rows = self.samples // self.lanes
         interleaved = np.empty(self.samples, dtype=np.int64)
-        for lane in range(self.lanes):
-            interleaved[lane :: self.lanes] = self.lane_order(epoch, lane)
+        turns = interleaved[: rows * self.lanes].reshape(rows, self.lanes)
+        for first in range(0, self.lanes, INTERLEAVED_LANES):
+            lanes = range(first, min(first + INTERLEAVED_LANES, self.lanes))
+            orders = [self.lane_order(epoch, lane) for lane in lanes]
+            turns[:, first : lanes.stop] = np.stack([order[:rows] for order in orders], axis=1)
+            last = [order[rows] for order in orders if len(order) > rows]
+            interleaved[turns.size + first :][: len(last)] = last
         return interleaved
 
     def step(self, step: int, world: int = 1, rank: int = 0) -> Slice:
@@ -122,7 +121,7 @@ class Order:
         Raises:
             Refused: `world` does not divide `global_batch`.
         """
-        return self.stretch(step, *_stretch_of_rank(self.global_batch, self.lanes, world, rank))
+        return self.stretch(step, *stretch_of_rank(self.global_batch, self.lanes, world, rank))
 
     def parts(self, step: int, world: int = 1, rank: int = 0) -> list[tuple[int, Slice]]:
         """Returns what `Mixture.parts` does, of a single set."""
@@ -139,8 +138,7 @@ class Order:
         """
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         per_lane = self.global_batch // self.lanes
-        in_rank_order = np.arange(first, end)
-        places = in_rank_order // per_lane + (in_rank_order % per_lane) * self.lanes
+        places = places_in_rank_order(self.global_batch, self.lanes)[first:end]
         samples = []
         for lane in range(first // per_lane, -(-end // per_lane)):
             low, high = max(first - lane * per_lane, 0), min(end - lane * per_lane, per_lane)
@@ -183,11 +181,6 @@ class Mixture:
         return sum(order.lanes for order in self.sets)
 
     @property
-    def shards_per_window(self) -> int:
-        """Pieces of shards that are shuffled together, the same in all sets."""
-        return self.sets[0].shards_per_window
-
-    @property
     def global_batch(self) -> int:
         """Samples in one step over all ranks and sets."""
         return sum(order.global_batch for order in self.sets)
@@ -205,7 +198,7 @@ class Mixture:
         Raises:
             Refused: `world` does not divide `global_batch`.
         """
-        first, end = _stretch_of_rank(self.global_batch, self.lanes, world, rank)
+        first, end = stretch_of_rank(self.global_batch, self.lanes, world, rank)
         parts = []
         start = 0
         for number, order in enumerate(self.sets):
@@ -256,8 +249,22 @@ def lanes_of_sets(weights: dict[str, float], lanes: int) -> list[int]:
     )
 
 
-def _stretch_of_rank(global_batch: int, lanes: int, world: int, rank: int) -> tuple[int, int]:
-    """Returns where a rank's samples begin and end in rank order."""
+def refuse_uneven(samples: int, lanes: int, global_batch: int) -> None:
+    """Raises `Refused` if lanes do not divide the batch or a set has no whole step, naming the nearest that works."""
+    if global_batch % lanes:
+        raise Refused(
+            f"data.lanes: {lanes} lanes do not divide data.global_batch {global_batch}; "
+            f"use {nearest_divisor(global_batch, lanes)}"
+        )
+    if samples < global_batch:
+        raise Refused(
+            f"data.global_batch: {global_batch} is more than the {samples} samples of the shards; "
+            f"use at most {samples} or add samples"
+        )
+
+
+def stretch_of_rank(global_batch: int, lanes: int, world: int, rank: int) -> tuple[int, int]:
+    """Returns where a rank's samples begin and end in rank order; raises `Refused` if `world` does not divide them."""
     if global_batch % world:
         raise Refused(
             f"data.global_batch: {global_batch} samples do not divide among {world} processes; "
@@ -265,6 +272,11 @@ def _stretch_of_rank(global_batch: int, lanes: int, world: int, rank: int) -> tu
         )
     per_rank = global_batch // world
     return rank * per_rank, (rank + 1) * per_rank
+
+
+def places_in_rank_order(global_batch: int, lanes: int) -> np.ndarray:
+    """Returns `(global_batch,)` places of the global batch in rank order, which groups them by lane."""
+    return np.arange(global_batch).reshape(-1, lanes).T.ravel()
 
 
 class _LaneEpoch:

@@ -7,8 +7,8 @@ functions that the loader calls.
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from pretrain.data.balanced import SampleOrder
 from pretrain.data.loader import DataConfig, MicroBatches, Request, clip_frames, clip_key
-from pretrain.data.order import Mixture, Order
 from pretrain.data.shards import ShardSet
 
 
@@ -43,7 +43,7 @@ class Reading(NamedTuple):
 def reading_list(
     shards: ShardSet | Sequence[ShardSet],
     config: DataConfig,
-    order: Order | Mixture,
+    order: SampleOrder,
     steps: range,
     world: int = 1,
     resumed_at: int = 0,

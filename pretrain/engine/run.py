@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 SKIPPED = "skipped.jsonl"
+KEYS = "keys.jsonl"
 SUMMARY = "summary.json"
 LIBRARIES = ("tubelet", "torch", "accelerate", "deepspeed", "timm")
 
@@ -72,7 +73,7 @@ class Run:
     def _rewrite_record(self) -> None:
         """Cuts the record back to the step that this attempt goes on from."""
         (self.out / "outcome.json").unlink(missing_ok=True)
-        for name in (METRICS, SKIPPED):
+        for name in (METRICS, SKIPPED, KEYS):
             cut_back(self.out / name, self.first_step)
         write_text(self.out / "config.yaml", self.config_yaml)
 
@@ -92,6 +93,7 @@ def open_run(
     tracking: TrackingMode,
     identity: dict[str, Any],
     keep_last: int,
+    told: dict[str, str] | None = None,
 ) -> Iterator[Run]:
     """Opens a run folder for this job and leaves its outcome there, however the run ends.
 
@@ -105,6 +107,7 @@ def open_run(
         tracking: Whether W&B is used.
         identity: What must not change between attempts (data, order, seed, model), under the names of its fields.
         keep_last: Checkpoints that stay.
+        told: How to tell what a value of `identity` stands for, such as the place of data, under the same names.
 
     Raises:
         Refused: Another job owns the run, its checkpoints cannot be read, or `identity` has changed.
@@ -114,10 +117,11 @@ def open_run(
     started = time.time()
     run = None
     try:
-        saved = processes.on_main(lambda: _find_saved(folder, resume, stage, identity))
+        saved = processes.on_main(lambda: _find_saved(folder, resume, stage, identity, told or {}))
         state = {
             "stage": stage,
             "identity": identity,
+            "told": told or {},
             "engine": engine_kind(processes),
             "begun": beginning(resume),
             "run_id": None,
@@ -140,24 +144,24 @@ def open_run(
     _end(run, lock, folder, EXIT_DONE, "done", started)
 
 
-def _find_saved(folder: Path, resume: str, stage: str, identity: dict[str, Any]) -> Saved | None:
+def _find_saved(folder: Path, resume: str, stage: str, identity: dict[str, Any], told: dict[str, str]) -> Saved | None:
     saved = find_checkpoint(folder / CHECKPOINTS, resume)
     if saved:
-        refuse_changes(saved, stage, identity)
+        refuse_changes(saved, stage, identity, told)
         logger.info("going on from step %d (%s)", saved.step, saved.folder)
     return saved
 
 
-def refuse_changes(saved: Saved, stage: str, identity: dict[str, Any]) -> None:
+def refuse_changes(saved: Saved, stage: str, identity: dict[str, Any], told: dict[str, str]) -> None:
     """Raises `Refused` if a checkpoint was written by another stage or with another identity."""
     if saved.state["stage"] != stage:
         raise Refused(f"{saved.folder}: was written by {saved.state['stage']}, not by {stage}; give another --out")
-    before = saved.state["identity"]
+    before, told_before = saved.state["identity"], saved.state.get("told", {})
     for name, value in identity.items():
         if name in before and before[name] != value:
             raise Refused(
-                f"{name}: is {value}, but {saved.folder} was written with {before[name]}; use that again or give "
-                f"another --out"
+                f"{name}: is {told.get(name, value)}, but {saved.folder} was written with "
+                f"{told_before.get(name, before[name])}; use that again or give another --out"
             )
 
 

@@ -101,6 +101,7 @@ class Trainer:
         state: What checkpoints note beside the weights.
         validation: Computes figures on held-out samples.
         on_checkpoint: Called by all ranks after each checkpoint, to export weights.
+        keys_path: File to which rank 0 appends the keys of each step's samples; None writes none.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class Trainer:
         state: dict[str, Any],
         validation: Validation | None = None,
         on_checkpoint: Callable[[nn.Module], None] | None = None,
+        keys_path: Path | None = None,
     ) -> None:
         """Keeps the arguments."""
         self.plan = plan
@@ -131,6 +133,7 @@ class Trainer:
         self.state = state
         self.validation = validation
         self.on_checkpoint = on_checkpoint
+        self.keys_path = keys_path
         self.samples_read = plan.first_step * plan.samples_per_step
         self.samples_padded = plan.samples_padded
         self.samples_skipped = processes.on_main(lambda: len(read_metrics(skipped_path)))
@@ -236,6 +239,8 @@ class Trainer:
         self.samples_padded += int(padded.sum())
         if skipped.sum() > 0:
             self._note_skipped(record)
+        if self.keys_path:
+            self._note_keys(record, self.keys_path)
         done = record.step + 1
         clips_per_second = self.plan.samples_per_step * self.plan.repeats / float(seconds.max())
         progress.update(done, float(loss.mean()), clips_per_second)
@@ -308,6 +313,10 @@ class Trainer:
                 f"{self.samples_skipped} of {self.samples_read} samples could not be decoded, more than "
                 f"data.max_bad_share {self.plan.max_bad_share} allows; they are listed in {self.skipped_path}"
             )
+
+    def _note_keys(self, record: _StepRecord, path: Path) -> None:
+        keys = [key for part in self.processes.gather_objects(record.keys) for key in part]
+        self._write(lambda: append_json_lines(path, [{"step": record.step + 1, "keys": keys}]))
 
     def _validate(self, validation: Validation) -> dict[str, float]:
         self.model.eval()

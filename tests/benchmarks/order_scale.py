@@ -2,7 +2,7 @@
 
 A run plans no more than it reads: the shard windows of the steps at hand. So resuming anywhere is measured as the first
 step after building the order, for one node and for a process that reads all lanes; and the whole epoch, which only
-tools list, beside it. Run with `make bench`.
+tools list, beside it. Then the same of balanced sampling, for a million samples. Run with `make bench`.
 """
 
 import functools
@@ -12,10 +12,12 @@ from collections.abc import Callable
 
 import numpy as np
 
+from pretrain.data.balanced import BalancedOrder
 from pretrain.data.order import Order
-from pretrain.data.randomness import key_for, raw_words
+from pretrain.data.randomness import key_for, permutation, raw_words
 
 SHARDS, SAMPLES_PER_SHARD, LANES, GLOBAL_BATCH, NODES = 20_000, 500, 1024, 2048, (1, 8, 64, 1024)
+CLASSES, SAMPLES_OF_GREATEST_CLASS = 1000, 133_592  # a million samples in all
 
 
 def simulated_order(shards: int, samples_per_shard: int, lanes: int, global_batch: int, seed: int = 0) -> Order:
@@ -39,6 +41,12 @@ def shards_read(order: Order, nodes: tuple[int, ...]) -> dict[int, list[int]]:
         lanes = order.lanes // count
         counts[count] = [len(set().union(*by_lane[node * lanes : (node + 1) * lanes])) for node in range(count)]
     return counts
+
+
+def simulated_labels(classes: int, of_greatest: int) -> tuple[int, ...]:
+    """Returns labels in random order; class n has 1 / (n + 1) as many samples as the greatest."""
+    labels = np.repeat(np.arange(classes), np.maximum(of_greatest // np.arange(1, classes + 1), 1))
+    return tuple(labels[permutation(key_for("labels"), len(labels))].tolist())
 
 
 def peak_mib() -> float:
@@ -68,7 +76,22 @@ def main() -> None:
     measured("the whole epoch", lambda: order.epoch_order(1))
     for nodes, counts in shards_read(order, NODES).items():
         bound = 1.1 / nodes * SHARDS + 2
-        print(f"{nodes:5d} nodes: a node reads {max(counts)} shards at most in an epoch; wanted: {bound:.0f}")
+        share = max(counts) / SHARDS
+        print(
+            f"{nodes:5d} nodes: a node reads at most {max(counts)} shards ({share:.2%}) an epoch; wanted: {bound:.0f}"
+        )
+    labels = simulated_labels(CLASSES, SAMPLES_OF_GREATEST_CLASS)
+    print(f"{len(labels)} samples in {CLASSES} classes, balanced, batches of {GLOBAL_BATCH}")
+    for power in (0.0, 0.5):
+        balanced = BalancedOrder(labels, 0, LANES, GLOBAL_BATCH, power)
+        measured(f"resuming at step 123456, power {power:g}", functools.partial(balanced.step, 123_456))
+        measured("100 steps in a row", functools.partial(read_steps, balanced, range(123_457, 123_557)))
+
+
+def read_steps(order: BalancedOrder, steps: range) -> None:
+    """Reads one step after the other."""
+    for step in steps:
+        order.step(step)
 
 
 if __name__ == "__main__":

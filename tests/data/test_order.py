@@ -3,9 +3,12 @@
 import collections
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
+import re
 import tracemalloc
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +25,14 @@ from pretrain.data.shard_writer import PackedSample, write_shard
 from pretrain.data.shards import ShardSet
 from pretrain.data.transcode import Transcoded
 from pretrain.errors import Refused
-from tests.benchmarks.order_scale import shards_read, simulated_order
+from tests.benchmarks.order_scale import (
+    GLOBAL_BATCH,
+    LANES,
+    SAMPLES_PER_SHARD,
+    SHARDS,
+    shards_read,
+    simulated_order,
+)
 
 EXAMPLES = settings(max_examples=40, deadline=None)
 
@@ -246,6 +256,19 @@ def test_a_node_reads_its_share_of_shards_of_many_sizes(nodes):
     assert max(counted) <= 1.1 / nodes * len(order.samples_per_shard) + 2
 
 
+@pytest.mark.parametrize("nodes", [1, 8, 64, 1024])
+def test_a_node_has_its_share_of_20000_shards_with_10_million_samples(nodes):
+    """What its lanes hold, and so what it reads in any epoch."""
+    order = simulated_order(SHARDS, SAMPLES_PER_SHARD, LANES, GLOBAL_BATCH)
+    assert (order.samples, len(order.samples_per_shard), order.lanes % nodes) == (10_000_000, 20_000, 0)
+    ends = np.cumsum(order.samples_per_shard)
+    lanes = order.lanes // nodes
+    for node in range(nodes):
+        pieces = itertools.chain(*order.lane_pieces[node * lanes : (node + 1) * lanes])
+        held = np.unique(np.searchsorted(ends, [piece.start for piece in pieces], side="right"))
+        assert len(held) <= 1.1 / nodes * len(ends) + 2
+
+
 @pytest.fixture(scope="module")
 def listed_shards(tmp_path_factory) -> ShardSet:
     """Shards of many sizes with 617 samples of many lengths, which nobody decodes."""
@@ -288,7 +311,9 @@ def test_the_list_is_the_same_for_any_world_workers_and_resume_step(listed_shard
     for world in range(1, 17):
         divided = dataclasses.replace(config, workers=workers, repeats=1)
         if global_batch % world:
-            with pytest.raises(Refused, match=rf"data\.global_batch: {global_batch} .* among {world} processes; use"):
+            nearest = nearest_multiple(global_batch, world, lanes)
+            refusal = rf"data\.global_batch: {global_batch} .* among {world} processes; use {nearest}$"
+            with pytest.raises(Refused, match=refusal):
                 listed(listed_shards, divided, seed, steps, world, resumed_at)
             continue
         readings = listed(listed_shards, divided, seed, steps[later - first :], world, resumed_at)
@@ -363,3 +388,24 @@ def test_evaluation_counts_each_sample_once_and_keeps_ranks_in_step(samples, wor
     assert sorted(n for numbers, counted in slices for n in numbers[counted].tolist()) == list(range(samples))
     assert {len(numbers) for numbers, _ in slices} == {-(-samples // world)}
     assert all(0 <= n < samples for numbers, _ in slices for n in numbers)
+
+
+def test_the_drawing_in_the_readme_is_true():
+    readme = (Path(__file__).parents[2] / "pretrain/data/README.md").read_text()
+    sizes = {"A": 6, "B": 4, "C": 6, "D": 4, "E": 5}
+    names = np.array([f"{shard}{number}" for shard, size in sizes.items() for number in range(size)])
+    order = Order(tuple(sizes.values()), seed=0, lanes=2, shards_per_window=2, global_batch=8)
+    assert "|".join(" ".join(names[list(itertools.chain(*lane))]) for lane in order.lane_pieces) in readme
+    for epoch in range(2):
+        for lane in range(2):
+            drawn = re.search(rf"epoch {epoch}    lane 0.*\n *lane 1.*", readme).group().splitlines()[lane]
+            assert (
+                drawn.replace(" | ", " ")
+                .split("lane ")[1]
+                .startswith(f"{lane}   {' '.join(names[order.lane_order(epoch, lane)])}")
+            )
+        steps = np.split(names[order.epoch_order(epoch)], [8, 16, 24])
+        assert f"    epoch {epoch}    {'  '.join(map(' '.join, steps))}" in readme
+    step = order.step(1)
+    assert f"place    {'   '.join('  '.join(map(str, half)) for half in np.split(step.places, 2))}" in readme
+    assert f"sample   {'  '.join(' '.join(half) for half in np.split(names[step.samples], 2))}" in readme

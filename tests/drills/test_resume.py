@@ -10,6 +10,7 @@ import socket
 from pathlib import Path
 
 import pytest
+import yaml
 
 from launch.cli import main
 from pretrain.data.shards import ShardSet
@@ -163,10 +164,12 @@ def test_what_decides_the_samples_cannot_change_in_the_middle_of_a_run(finished,
     shutil.copytree(packed_shards, other)
     index = other / "index.json"
     index.write_text(index.read_text() + "\n")
-    here, there = ShardSet.open(other).fingerprint, ShardSet.open(packed_shards).fingerprint
-    assert re.search(
-        f"data.shards: is {here}, but .* was written with {there}",
-        refusal(capsys, arguments(recipe, copy, *more, "--data.shards", other)),
+    here = ShardSet.open(other).fingerprint
+    before = ShardSet.open(yaml.safe_load((copy / "config.yaml").read_text())["data"]["shards"])
+    newest = copy / "checkpoints" / "step-00000012"
+    assert refusal(capsys, arguments(recipe, copy, *more, "--data.shards", other)) == (
+        f"tubelet: data.shards: is {other} (fingerprint {here}), but {newest} was written with {before.folder} "
+        f"(fingerprint {before.fingerprint}); use that again or give another --out"
     )
     for option, value, was in (("encoder.heads", 4, 2), ("mask.ratio", 0.75, 0.5), ("decoder.depth", 2, 1)):
         said = refusal(capsys, arguments(recipe, copy, *more, f"--{option}", value))
@@ -174,6 +177,14 @@ def test_what_decides_the_samples_cannot_change_in_the_middle_of_a_run(finished,
     for name in ("metrics.jsonl", "config.yaml"):
         assert (copy / name).read_bytes() == (finished / name).read_bytes()
     assert sorted(os.listdir(copy / "checkpoints")) == sorted(os.listdir(finished / "checkpoints"))
+
+
+def test_a_run_goes_on_where_its_data_were_moved_to(finished, copy, recipe, shards, capsys):
+    moved = shutil.copytree(shards, copy.parent / "moved")
+    capsys.readouterr()
+    assert main(["pretrain", *map(str, arguments(recipe, copy, "--steps", 14, "--data.shards", moved))]) == 0
+    assert "going on from step 12" in capsys.readouterr().err
+    assert record(copy)[:12] == record(finished)
 
 
 def test_never_resuming_refuses_a_folder_that_holds_checkpoints(copy, recipe, capsys):
