@@ -29,6 +29,8 @@ SLOWEST_BYTES_PER_S = 1024
 """Less than this over `SLOW_S` seconds is an error too: a server that sends a byte now and then never stalls."""
 CHUNK_BYTES = 1 << 20
 S3_BLOCK_BYTES = 8 << 20
+S3_TRIES = 2
+"""Of s3fs for each block, before the whole file is tried again."""
 BUSY = (408, 425, 429)
 """HTTP's answers below 500 that ask for another try."""
 
@@ -164,9 +166,10 @@ def _authorization(host: str) -> str | None:
 
 @contextlib.contextmanager
 def _open_s3(url: str) -> Iterator[Answer]:
-    timeouts = {"connect_timeout": STALL_S, "read_timeout": STALL_S}
+    limits = {"connect_timeout": STALL_S, "read_timeout": STALL_S, "retries": {"total_max_attempts": 1}}
     with _s3_errors(url):
-        system = _import_s3fs(url).S3FileSystem(config_kwargs=timeouts)
+        system = _import_s3fs(url).S3FileSystem(config_kwargs=limits)
+        system.retries = S3_TRIES
         file = system.open(url, "rb", block_size=S3_BLOCK_BYTES, cache_type="none")
     with file:
         yield Answer(file.size, _blocks(url, lambda: file.read(S3_BLOCK_BYTES)))
