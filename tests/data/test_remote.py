@@ -26,6 +26,7 @@ from pretrain.data.shard_cache import CacheConfig
 from pretrain.data.shards import ShardSet
 from pretrain.errors import Refused, TubeletError
 from tests import shard_server as tricks
+from tests.runs import tiny_pretraining
 from tests.shard_server import ShardServer, serving
 
 TAR = "shard-000001.tar"
@@ -316,12 +317,23 @@ def test_a_login_comes_from_netrc_and_is_told_to_nobody(server, cache, tmp_path,
     assert "bWU6" not in told
 
 
-def test_the_commands_take_urls(server, cache, capsys, packed_shards):
-    options = ["--cache.folder", cache.folder]
-    assert main(["check", server.url, *options, "--jobs", "1"]) == 0
-    assert main(["inspect", server.url, *options]) == 0
+def test_commands_take_urls_and_fetch_what_they_read_once(server, cache, tmp_path, capsys, packed_shards):
+    assert main(["inspect", server.url, "--cache.folder", cache.folder]) == 0
     assert ShardSet.open(packed_shards).fingerprint in capsys.readouterr().out
+    assert not cached_tars(cache)
     assert middle_frame(FrameTask(folder_of(server.url, cache), 4)).shape == (48, 64, 3)
+    options = ["--data.cache.folder", cache.folder, "--data.workers", "0", "--steps", "1:2", "--epochs", "2"]
+    listed = []
+    for place in (str(packed_shards), server.url):
+        assert (
+            main(
+                ["order", "--config", str(tiny_pretraining(tmp_path, packed_shards)), "--data.shards", place, *options]
+            )
+            == 0
+        )
+        listed.append(capsys.readouterr().out)
+    assert listed[0] == listed[1]
+    assert listed[0].count("key") == 8
     assert all(times == 1 for name, times in server.sent.items() if name != "index.json")
 
 
@@ -331,7 +343,8 @@ def test_check_names_what_a_server_lacks_or_changed_and_reads_the_rest(tmp_path,
     with open(folder / "shard-000002.tar", "r+b") as file:
         file.write(b"other")
     with serving(folder) as server:
-        assert main(["check", server.url, "--cache.folder", cache.folder, "--jobs", "1", "--decode", "none"]) == 1
+        assert main(["check", server.url, "--cache.folder", cache.folder, "--jobs", "1"]) == 1
+        assert server.asked["shard-000000.tar"] == 1
     said = capsys.readouterr().err.replace("\n", " ")
     assert f"{TAR}: is not there (HTTP 404 Not Found)" in said
     assert "shard-000002.tar: its SHA-256 is" in said
