@@ -138,22 +138,31 @@ class ShardCache:
             DiskFull: There is no room for it.
             Refused: The folder cannot be written, or the file is larger than the cache.
         """
-        path = self.folder / name
-        part_path = path.with_name(name + PART)
         with self._told():
+            while True:
+                try:
+                    return self._open(self.folder / name, is_whole, fill, wait)
+                except OSError as error:  # some disks give room that they do not have
+                    if not is_out_of_space(error) or not self._remove_oldest():
+                        raise
+
+    def _open(
+        self, path: Path, is_whole: Callable[[int], bool], fill: Callable[[Part], None], wait: bool
+    ) -> tuple[int, bool]:
+        descriptor = _open_whole(path, is_whole)
+        if descriptor is not None:
+            return descriptor, True
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # some clusters sweep what lies in /tmp
+        part_path = path.with_name(path.name + PART)
+        with locked_part(part_path, wait) as written:
             descriptor = _open_whole(path, is_whole)
-            if descriptor is not None:
-                return descriptor, True
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # some clusters sweep what lies in /tmp
-            with locked_part(part_path, wait) as written:
-                descriptor = _open_whole(path, is_whole)
-                if descriptor is None:
-                    fill(Part(self, part_path, written, wait))
-                    os.fsync(written)
-                    descriptor = os.open(part_path, os.O_RDONLY | os.O_CLOEXEC)
-                    os.rename(part_path, path)
-                    sync_file(self.folder)
-                return descriptor, False
+            if descriptor is None:
+                fill(Part(self, part_path, written, wait))
+                os.fsync(written)
+                descriptor = os.open(part_path, os.O_RDONLY | os.O_CLOEXEC)
+                os.rename(part_path, path)
+                sync_file(self.folder)
+            return descriptor, False
 
     def has(self, name: str) -> bool:
         """Whether a file is there; it is not looked into."""
@@ -199,13 +208,21 @@ class ShardCache:
             f"the cache is left to remove"
         )
 
-    def _files(self, own: Part) -> tuple[list[_File], int]:
+    def _remove_oldest(self) -> bool:
+        """Removes the file that was used longest ago; returns whether there was one."""
+        with locked(self.folder / LOCK):
+            finished, _ = self._files()
+            if finished:
+                min(finished).path.unlink(missing_ok=True)
+            return bool(finished)
+
+    def _files(self, own: Part | None = None) -> tuple[list[_File], int]:
         """Returns the files that can go, and the bytes that other processes are writing now."""
         finished = []
         writing_bytes = 0
         for entry in os.scandir(self.folder):
             path = Path(entry.path)
-            if not OURS.fullmatch(entry.name) or path == own.path:
+            if not OURS.fullmatch(entry.name) or (own and path == own.path):
                 continue
             with contextlib.suppress(FileNotFoundError):  # renamed or removed by another process
                 state = entry.stat()
