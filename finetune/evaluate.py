@@ -18,6 +18,7 @@ from finetune.config import ViewsConfig
 from pretrain.commandline import met_by_every_rank
 from pretrain.data.clips import ClipConfig
 from pretrain.data.order import evaluation_slice
+from pretrain.data.shard_cache import CacheConfig
 from pretrain.data.shards import ShardSet
 from pretrain.data.video import DecoderName
 from pretrain.data.views import EvaluationViews, evaluation_batches
@@ -35,7 +36,7 @@ class EvaluateConfig:
     model: str
     """Model folder or finetuning run."""
     shards: str
-    """Folder of labelled shards."""
+    """Folder of labelled shards, or its URL."""
     out: str | None = None
     """Folder for evaluation.json, predictions.jsonl and report.html; by default `evaluation` in the model's."""
     views: ViewsConfig = dataclasses.field(default_factory=ViewsConfig)
@@ -46,10 +47,13 @@ class EvaluateConfig:
     """Who decodes: decord, pyav, or auto, which takes decord for what packing writes and pyav for all else."""
     workers: int = 2
     """Loader processes for each process."""
+    cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
+    """Where shards from a URL are kept."""
 
     def validate(self) -> None:
         """Raises `Refused` for numbers that cannot be."""
         self.views.validate()
+        self.cache.validate("cache")
         if self.micro_batch < 1 or self.workers < 0:
             raise Refused("micro_batch, workers: must be at least 1 and 0")
 
@@ -99,7 +103,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     with met_by_every_rank():
         config.validate()
     model, description = load(config.model)
-    shards = open_shards("shards", config.shards, description.clip)
+    shards = open_shards("shards", config.shards, description.clip, config.cache)
     check_classes(shards, description.classes)
     out = Path(config.out) if config.out else Path(config.model) / "evaluation"
     with Processes() as processes:

@@ -126,11 +126,11 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
 
 def open_labelled_sets(config: FinetuneConfig) -> tuple[ShardSet, ShardSet | None]:
     """Returns the training set and the held-out set, if there is one; raises `Refused` if their labels do not do."""
-    shards = open_shards("data.shards", config.data.shards, config.data.clip)
+    shards = open_shards("data.shards", config.data.shards, config.data.clip, config.data.cache)
     check_training_labels(shards)
     if not config.validation.shards:
         return shards, None
-    held_out = open_shards("validation.shards", config.validation.shards, config.data.clip)
+    held_out = open_shards("validation.shards", config.validation.shards, config.data.clip, config.data.cache)
     check_classes(held_out, shards.classes)
     return shards, held_out
 

@@ -68,7 +68,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     sets = open_sets(config.data)
     held_out = None
     if config.validation.shards:
-        held_out = open_shards("validation.shards", config.validation.shards, config.data.clip)
+        held_out = open_shards("validation.shards", config.validation.shards, config.data.clip, config.data.cache)
     order = order_of(config, *sets)
     steps = config.total_steps(order.steps_per_epoch)
     initial = initial_weights(config, config.init) if config.init else None

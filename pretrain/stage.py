@@ -16,6 +16,7 @@ from pretrain.data.clips import ClipConfig
 from pretrain.data.loader import DataConfig, MicroBatches, TrainingClips, training_batches
 from pretrain.data.order import Mixture, Order, lanes_of_sets, nearest_divisor
 from pretrain.data.randomness import seed_of_set
+from pretrain.data.shard_cache import CacheConfig
 from pretrain.data.shards import ShardSet
 from pretrain.engine.distributed import Processes, launched_world
 from pretrain.engine.optimizer import build_optimizer, build_schedule
@@ -29,21 +30,23 @@ from pretrain.report import Figure, curves
 logger = logging.getLogger(__name__)
 
 
-def open_shards(field: str, path: str | None, clip: ClipConfig) -> ShardSet:
+def open_shards(field: str, path: str | None, clip: ClipConfig, cache: CacheConfig | None = None) -> ShardSet:
     """Opens a set of shards to cut clips from.
 
     Args:
         field: The field that names the set, such as `data.shards`.
-        path: The set's folder.
+        path: The set's folder or URL.
         clip: The clips.
+        cache: Where shards from a URL are kept.
 
     Raises:
         Refused: The set cannot be opened, or the clip's stride means nothing on it.
+        TubeletError: It cannot be fetched.
     """
     if path is None:
         raise Refused(f"{field}: is missing; give a folder that `tubelet pack` wrote")
     try:
-        shards = ShardSet.open(path)
+        shards = ShardSet.open(path, cache=cache)
     except Refused as error:
         raise Refused(f"{field}: {error}") from error
     refuse_stride_on_resampled(field, shards, clip)
@@ -62,8 +65,8 @@ def refuse_stride_on_resampled(field: str, shards: ShardSet, clip: ClipConfig) -
 def open_sets(data: DataConfig) -> tuple[ShardSet, ...]:
     """Opens the set of a run, or the sets of its mixture; raises `Refused` as `open_shards` does."""
     if data.mixture is None:
-        return (open_shards("data.shards", data.shards, data.clip),)
-    return tuple(open_shards("data.mixture", folder, data.clip) for folder in data.mixture)
+        return (open_shards("data.shards", data.shards, data.clip, data.cache),)
+    return tuple(open_shards("data.mixture", folder, data.clip, data.cache) for folder in data.mixture)
 
 
 def order_of(config: RunConfig, *sets: ShardSet) -> SampleOrder:

@@ -19,10 +19,12 @@ from rich.table import Table
 from pretrain.data.check_worker import COPY_AGAIN, MAKE_AGAIN, Problem, SampleTask, TarTask, check_task
 from pretrain.data.decode_check import DecodeName
 from pretrain.data.pool import Died, WorkerPool, refuse_pool_options
-from pretrain.data.shard_index import INDEX_NAME, ShardIndex
+from pretrain.data.remote import RemoteFolder
+from pretrain.data.shard_cache import CacheConfig
+from pretrain.data.shard_index import INDEX_NAME, ShardEntry, ShardIndex
 from pretrain.data.shards import ShardSet
 from pretrain.data.terminal import TaskProgress, add_reasons
-from pretrain.errors import TubeletError
+from pretrain.errors import DiskFull, TubeletError
 
 DECODED = {
     "three": "first, middle and last frame decoded",
@@ -38,16 +40,19 @@ class CheckConfig:
     """What to check, and how thoroughly."""
 
     shards: str
-    """Folder of shards, written by `tubelet pack` or `tubelet index`."""
+    """Folder of shards, written by `tubelet pack` or `tubelet index`, or its URL."""
     decode: DecodeName = "three"
     """Frames of each sample to decode: the first, middle and last one (three), all, or none."""
     jobs: int = 0
     """Processes that read and decode; 0 is one per core."""
     stall_s: float = 60
     """Seconds without progress after which a sample is given up."""
+    cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
+    """Where shards from a URL are kept."""
 
     def validate(self) -> None:
         """Raises `Refused` for numbers that cannot be."""
+        self.cache.validate("cache")
         refuse_pool_options(self.jobs, self.stall_s)
 
 
@@ -78,7 +83,7 @@ def check(config: CheckConfig) -> CheckReport:
         KeyboardInterrupt: Ctrl-C was pressed.
     """
     config.validate()
-    shards = ShardSet.open(config.shards, check_files=False)
+    shards = ShardSet.open(config.shards, check_files=False, cache=config.cache)
     problems: list[Problem] = []
     reached = 0
     with TaskProgress("checking", shards.samples, "samples", "problems") as progress:
@@ -98,7 +103,7 @@ def check(config: CheckConfig) -> CheckReport:
                 if isinstance(task, SampleTask):
                     reached += 1
                     progress.advance()
-    sizes = (_size_bytes(shards.folder / shard.name) or 0 for shard in shards.shards)
+    sizes = (_size_bytes(shards.folder, shard) or 0 for shard in shards.shards)
     checked = CheckReport(len(shards.shards), shards.samples, reached, sum(sizes), tuple(problems))
     show_report(config, shards, checked)
     return checked
@@ -126,18 +131,16 @@ def _tasks(shards: ShardSet, config: CheckConfig, report: Report) -> Iterator[Ta
     seen: set[str] = set()
     first = 0
     for number, entry in enumerate(shards.shards):
-        size_bytes = _size_bytes(shards.folder / entry.name)
-        if size_bytes is None:
-            report(Problem(entry.name, None, "missing", COPY_AGAIN))
-        elif size_bytes != entry.bytes:
-            reason = f"{size_bytes} bytes where {INDEX_NAME} says {entry.bytes}"
+        size_bytes = _size_bytes(shards.folder, entry)
+        reason = _reason_not_whole(shards.folder, entry, size_bytes)
+        if reason is not None:
             report(Problem(entry.name, None, reason, COPY_AGAIN))
         index = _usable_index(shards, number, report)
         if index is not None:
             for problem in _problems_of_rows(shards, entry.name, index, seen):
                 report(problem)
-        if index is not None and size_bytes is not None:
-            if size_bytes == entry.bytes:
+        if index is not None and size_bytes is not None and (reason is None or isinstance(shards.folder, Path)):
+            if reason is None:
                 yield TarTask(shards.folder, entry, index)
             for row, key in enumerate(index.keys):
                 if index.video_offsets[row] + index.video_sizes[row] > size_bytes:
@@ -150,7 +153,9 @@ def _tasks(shards: ShardSet, config: CheckConfig, report: Report) -> Iterator[Ta
 
 def _problems_of_index(shards: ShardSet) -> Iterator[Problem]:
     """Yields where `index.json` contradicts itself."""
-    stated = json.loads((shards.folder / INDEX_NAME).read_bytes()).get("samples", shards.samples)
+    folder = shards.folder
+    content = folder.read_index() if isinstance(folder, RemoteFolder) else (folder / INDEX_NAME).read_bytes()
+    stated = json.loads(content).get("samples", shards.samples)
     if stated != shards.samples:
         reason = f"states {stated} samples, but its shards hold {shards.samples}"
         yield Problem(INDEX_NAME, None, reason, COPY_AGAIN)
@@ -204,5 +209,23 @@ def _of_dead(task: TarTask | SampleTask) -> list[Problem]:
     return [Problem(task.file, task.key, reason, MAKE_AGAIN)]
 
 
-def _size_bytes(path: Path) -> int | None:
+def _size_bytes(folder: Path | RemoteFolder, entry: ShardEntry) -> int | None:
+    """Returns the size of a tar, None where there is none; that of one behind a URL is checked when it is fetched."""
+    if isinstance(folder, RemoteFolder):
+        return entry.bytes
+    path = folder / entry.name
     return path.stat().st_size if path.is_file() else None
+
+
+def _reason_not_whole(folder: Path | RemoteFolder, entry: ShardEntry, size_bytes: int | None) -> str | None:
+    """Returns why a tar cannot be all that its index says, or None; one behind a URL is fetched first."""
+    if isinstance(folder, RemoteFolder):
+        try:
+            os.close(folder.open_shard(entry)[0])
+        except DiskFull:
+            raise
+        except TubeletError as error:
+            return str(error).partition(": ")[2].partition(";")[0]
+    if size_bytes is None:
+        return "missing"
+    return None if size_bytes == entry.bytes else f"{size_bytes} bytes where {INDEX_NAME} says {entry.bytes}"

@@ -3,14 +3,16 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import tarfile
+from io import BufferedReader
 from pathlib import Path
 
 from pretrain.data.decode_check import DecodeName, decode_video
+from pretrain.data.remote import RemoteFolder
 from pretrain.data.shard_index import INDEX_NAME, ShardEntry, ShardIndex, key_and_suffix
 from pretrain.data.shards import Sample, ShardSet
 from pretrain.errors import BadSample, TubeletError
-from pretrain.files import sha256_of_file
 
 COPY_AGAIN = "restore it from a copy, or make the set again"
 MAKE_AGAIN = "make the set again with `tubelet pack` or `tubelet index`"
@@ -39,7 +41,7 @@ class Problem:
 class TarTask:
     """A tar to hash and to compare with its index."""
 
-    folder: Path
+    folder: Path | RemoteFolder
     entry: ShardEntry
     index: ShardIndex
 
@@ -51,7 +53,7 @@ class SampleTask:
     `file` and `key` are for those who report it; `size` is the (height, width) in pixels that the index gives.
     """
 
-    folder: Path
+    folder: Path | RemoteFolder
     number: int
     file: str
     key: str
@@ -73,11 +75,13 @@ def check_task(task: TarTask | SampleTask) -> list[Problem]:
 
 def _tar_problems(task: TarTask) -> list[Problem]:
     name, index = task.entry.name, task.index
-    path = task.folder / name
     try:
-        if sha256_of_file(path) != task.entry.sha256:
-            return [Problem(name, None, f"its SHA-256 is not the one in {INDEX_NAME}", COPY_AGAIN)]
-        members = _members(path)
+        with _open_tar(task.folder, task.entry) as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != task.entry.sha256:
+                return [Problem(name, None, f"its SHA-256 is not the one in {INDEX_NAME}", COPY_AGAIN)]
+            members = _members(file)
+    except TubeletError as error:
+        return [Problem(name, None, str(error).partition(": ")[2].partition(";")[0], COPY_AGAIN)]
     except OSError as error:
         return [Problem(name, None, f"cannot be read ({error.strerror})", "check its permissions and the disk")]
     problems = []
@@ -85,17 +89,24 @@ def _tar_problems(task: TarTask) -> list[Problem]:
         places = [(index.video_offsets[row], index.video_sizes[row])]
         if index.metadata_sizes[row]:
             places.append((index.metadata_offsets[row], index.metadata_sizes[row]))
-        names = (key, key.removeprefix(f"{path.stem}/"))
+        names = (key, key.removeprefix(f"{Path(name).stem}/"))
         if not all(members.get(place) in names for place in places):
             reason = "no video of that key lies in the tar where the index says"
             problems.append(Problem(name, key, reason, COPY_AGAIN))
     return problems
 
 
-def _members(path: Path) -> dict[tuple[int, int], str]:
+def _open_tar(folder: Path | RemoteFolder, entry: ShardEntry) -> BufferedReader:
+    if isinstance(folder, RemoteFolder):
+        return open(folder.open_shard(entry)[0], "rb")
+    return open(folder / entry.name, "rb")
+
+
+def _members(file: BufferedReader) -> dict[tuple[int, int], str]:
     """The keys of a tar's members by their offset and size in bytes; as many as can be found if its end is cut off."""
     members = {}
-    with contextlib.suppress(tarfile.TarError), tarfile.open(path, "r:") as tar:
+    file.seek(0)
+    with contextlib.suppress(tarfile.TarError), tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             members[member.offset_data, member.size] = key_and_suffix(member.name)[0]
     return members
@@ -137,5 +148,5 @@ def _shown(size: tuple[int, int]) -> str:
 
 
 @functools.lru_cache(maxsize=1)
-def _opened(folder: Path) -> ShardSet:
+def _opened(folder: Path | RemoteFolder) -> ShardSet:
     return ShardSet.open(folder, check_files=False)

@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pretrain.data.decode_check import ended_by_stall
 from pretrain.data.pool import WorkerPool
 from pretrain.data.randomness import key_for, permutation
+from pretrain.data.remote import RemoteFolder
 from pretrain.data.shards import ShardSet
 from pretrain.data.video import open_video
 from pretrain.errors import TubeletError
@@ -46,7 +47,7 @@ STALL_S = 30
 class FrameTask:
     """A sample whose middle frame is wanted, by its number in the set."""
 
-    folder: Path
+    folder: Path | RemoteFolder
     number: int
 
 
@@ -118,7 +119,7 @@ def middle_frame(task: FrameTask) -> np.ndarray | None:
 
 
 @functools.lru_cache(maxsize=1)
-def _opened(folder: Path) -> ShardSet:
+def _opened(folder: Path | RemoteFolder) -> ShardSet:
     return ShardSet.open(folder)
 
 
@@ -157,7 +158,7 @@ def _write_heading(sheet: Image.Image, shards: ShardSet, shown: int) -> None:
     classes = f"{len(shards.classes)} classes" if shards.labelled else "unlabelled"
     facts = (f"{shown} of {shards.samples} samples", classes, f"fingerprint {shards.fingerprint[:12]}")
     line = " \u00b7 ".join(facts)
-    name = shards.folder.absolute().name
+    name = Path(str(shards.folder)).absolute().name
     draw.text((MARGIN_PX, MARGIN_PX), _shortened(name, title, room), INK, title, anchor="lt")
     draw.text((MARGIN_PX, MARGIN_PX + 46), _shortened(line, small, room), FAINT, small, anchor="lt")
 

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pretrain.data.contact_sheet import MAX_SAMPLES, contact_sheet
+from pretrain.data.shard_cache import CacheConfig
 from pretrain.data.shards import ShardSet
 from pretrain.errors import Refused
 from pretrain.files import is_out_of_space, replacing
@@ -28,16 +29,19 @@ class InspectConfig:
     """What to inspect, and the picture to draw of it."""
 
     shards: str
-    """Folder of shards, written by `tubelet pack` or `tubelet index`."""
+    """Folder of shards, written by `tubelet pack` or `tubelet index`, or its URL."""
     out: str | None = None
     """PNG file for a contact sheet; by default none is drawn."""
     samples: int = 48
     """Samples in the contact sheet, at most."""
     seed: int = 0
     """Chooses the samples of the contact sheet."""
+    cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
+    """Where shards from a URL are kept."""
 
     def validate(self) -> None:
-        """Raises `Refused` for what cannot be drawn."""
+        """Raises `Refused` for what cannot be drawn, and for numbers that cannot be."""
+        self.cache.validate("cache")
         if not 1 <= self.samples <= MAX_SAMPLES:
             raise Refused(f"samples: {self.samples} does not do; use 1 to {MAX_SAMPLES}")
         if self.seed < 0:
@@ -79,7 +83,7 @@ def inspect(config: InspectConfig) -> Inspection:
         OSError: The disk is full.
     """
     config.validate()
-    shards = ShardSet.open(config.shards)
+    shards = ShardSet.open(config.shards, cache=config.cache)
     if config.out is not None:
         _draw(shards, config, Path(config.out))
     inspection = read_indexes(shards)

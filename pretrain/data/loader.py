@@ -20,8 +20,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from pretrain.data.balanced import SampleOrder
 from pretrain.data.clips import ClipConfig, cut, frame_indices, is_mirrored, training_box
+from pretrain.data.prefetch import prefetched
 from pretrain.data.processes import become_worker, fork_server
 from pretrain.data.randomness import Purpose, raw_words, sample_key, uniform
+from pretrain.data.shard_cache import CacheConfig
 from pretrain.data.shards import ShardSet
 from pretrain.data.video import DecoderName, open_video
 from pretrain.errors import BadSample, Refused, StoppedByRule, TubeletError
@@ -40,9 +42,11 @@ class DataConfig:
     """Where the samples are and how they are read."""
 
     shards: str | None = None
-    """Folder of shards, written by `tubelet pack`."""
+    """Folder of shards, written by `tubelet pack`, or its http://, https:// or s3:// URL."""
     mixture: dict[str, float] | None = None
-    """Several folders of shards in place of one, each with its weight: its share of every step."""
+    """Several folders or URLs of shards in place of one, each with its weight: its share of every step."""
+    cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
+    """Where shards from URLs are kept."""
     clip: ClipConfig = dataclasses.field(default_factory=ClipConfig)
     """How a clip is cut from a sample."""
     repeats: int = 1
@@ -85,6 +89,7 @@ class DataConfig:
             raise Refused(f"data.workers: {self.workers} must not be negative")
         if not 0 <= self.max_bad_share <= 1:
             raise Refused(f"data.max_bad_share: {self.max_bad_share} must lie between 0 and 1")
+        self.cache.validate()
 
 
 class Request(NamedTuple):
@@ -292,10 +297,11 @@ def training_batches(clips: TrainingClips, requests: MicroBatches, pin_memory: b
     Raises:
         NoSubstitute: A sample and all its substitutes cannot be decoded.
     """
-    for batch in load_batches(clips, requests, clips.config.workers, _collate_unless_lost, pin_memory):
-        if isinstance(batch, _Lost):
-            raise _no_substitute(clips.sets[batch.skipped[-1]["set"]], batch.skipped)
-        yield batch
+    with prefetched(clips.sets, requests) as followed:
+        for batch in load_batches(clips, followed, clips.config.workers, _collate_unless_lost, pin_memory):
+            if isinstance(batch, _Lost):
+                raise _no_substitute(clips.sets[batch.skipped[-1]["set"]], batch.skipped)
+            yield batch
 
 
 def _collate_unless_lost(loaded: list[_Loaded | _Lost]) -> Batch | _Lost:

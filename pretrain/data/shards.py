@@ -2,7 +2,8 @@
 
 A shard set is a folder of plain WebDataset tars with `index.json` (the set) and one `SHARD.idx` per tar (where each
 sample lies); README.md beside this file shows both. Nothing here parses a tar, shuffles or decodes: the order of
-samples is decided in `order.py`, a video is decoded in `video.py`, and shards are written by `pack.py`.
+samples is decided in `order.py`, a video is decoded in `video.py`, and shards are written by `pack.py`. A set behind a
+URL is read from the node's copies of its files, which `remote.py` fetches.
 """
 
 import bisect
@@ -20,6 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from pretrain.data.remote import RemoteFolder, folder_of
+from pretrain.data.shard_cache import CacheConfig
 from pretrain.data.shard_index import FORMAT_VERSION, INDEX_NAME, ShardEntry, ShardIndex
 from pretrain.errors import BadSample, Refused, TubeletError
 
@@ -60,7 +63,7 @@ class ShardSet:
     It may be pickled (open files stay behind), shared between threads and used after a fork.
 
     Attributes:
-        folder: Where the shards are.
+        folder: Where the shards are: a folder, or what stands for a URL.
         classes: The names of the classes; empty if the set is unlabelled.
         frame_rate: Frames per second of every video, None if each kept its own.
         short_side: The largest short side, in pixels, of any stored video.
@@ -69,9 +72,11 @@ class ShardSet:
         samples_per_shard: How many samples each shard holds.
         samples: How many samples the set holds.
         fingerprint: SHA-256 of `index.json`, which holds the hashes of all else.
+        cache_hits: Reads since opening in this process that found their shard in the cache; 0 for a folder.
+        cache_misses: Reads since then that waited for their shard to be downloaded.
     """
 
-    def __init__(self, folder: Path, content: dict[str, Any], fingerprint: str) -> None:
+    def __init__(self, folder: Path | RemoteFolder, content: dict[str, Any], fingerprint: str) -> None:
         """Takes the parsed `index.json`; use `ShardSet.open`, which checks it."""
         self.folder = folder
         self.classes: tuple[str, ...] = tuple(content["classes"])
@@ -86,18 +91,27 @@ class ShardSet:
         self._start_empty()
 
     @classmethod
-    def open(cls, folder: str | Path, check_files: bool = True) -> "ShardSet":
+    def open(
+        cls, folder: str | Path | RemoteFolder, check_files: bool = True, cache: CacheConfig | None = None
+    ) -> "ShardSet":
         """Opens a folder of shards and checks that all that its index names is there.
 
         Names and sizes are checked here, unless `check_files` is False, and the hash of a `.idx` when it is first read;
-        the hashes of the shards themselves, which take a full read, are checked by `tubelet check` alone.
+        the hashes of the shards themselves, which take a full read, are checked by `tubelet check` alone. Behind a URL
+        only the index is looked at here: the others are checked, hashes included, when they are downloaded.
+
+        Args:
+            folder: A folder, or an `http://`, `https://` or `s3://` URL.
+            check_files: Whether to look at each file that the index of a folder names.
+            cache: Where files from a URL are kept.
 
         Raises:
             Refused: The folder or its index is missing, not readable, of a newer format, or does not match its files.
+            TubeletError: The index cannot be fetched, not even after a while.
         """
-        folder = Path(folder)
+        folder = folder_of(folder, cache)
         path = folder / INDEX_NAME
-        content_bytes = _read_index_file(path)
+        content_bytes = folder.read_index() if isinstance(folder, RemoteFolder) else _read_index_file(folder)
         try:
             content = json.loads(content_bytes)
             version = content["format_version"]
@@ -111,8 +125,9 @@ class ShardSet:
             raise Refused(
                 f"{path}: not a shard index ({error!r}); pack the videos again with `tubelet pack`"
             ) from error
-        for shard in opened.shards if check_files else ():
-            _check_files(folder, shard)
+        if check_files and isinstance(folder, Path):
+            for shard in opened.shards:
+                _check_files(folder, shard)
         return opened
 
     @property
@@ -166,7 +181,9 @@ class ShardSet:
         video_start = index.video_offsets[row] - start
         length = video_start + index.video_sizes[row]
         path = self.folder / self.shards[shard].name
-        stretch = _patiently(path, lambda: self._read_stretch(shard, path, start, length))
+        stretch = _patiently(path, lambda: self._read_stretch(shard, start, length))
+        if zlib.crc32(stretch) != index.checksums[row] and self._mended(shard):
+            stretch = self._read_stretch(shard, start, length)
         key = index.keys[row]
         if zlib.crc32(stretch) != index.checksums[row]:
             raise BadSample(f"{path}: sample {key} is damaged (its checksum differs); restore the shard from a copy")
@@ -190,6 +207,8 @@ class ShardSet:
 
     def _load_index(self, shard: int) -> ShardIndex:
         entry = self.shards[shard]
+        if isinstance(self.folder, RemoteFolder):
+            return ShardIndex.from_bytes(self.folder.read_shard_index(entry))
         path = self.folder / entry.index_name
         content = _patiently(path, lambda: _read_shard_index(path))
         if hashlib.sha256(content).hexdigest() != entry.index_sha256:
@@ -198,13 +217,14 @@ class ShardSet:
             )
         return ShardIndex.from_bytes(content)
 
-    def _read_stretch(self, shard: int, path: Path, start: int, length: int) -> bytes:
-        file = self._files.get(shard, lambda: _OpenFile(path))
+    def _read_stretch(self, shard: int, start: int, length: int) -> bytes:
+        file = self._open_shard(shard)
         try:
             stretch = os.pread(file.descriptor, length, start)
             while len(stretch) < length:  # the kernel may hand out less than was asked for, above 2 GiB always
                 more = os.pread(file.descriptor, length - len(stretch), start + len(stretch))
                 if not more:
+                    path = self.folder / self.shards[shard].name
                     raise TubeletError(f"{path}: shorter than its index says; copy the shard again")
                 stretch += more
         except OSError:
@@ -212,13 +232,32 @@ class ShardSet:
             raise
         return stretch
 
+    def _open_shard(self, shard: int) -> "_OpenFile":
+        """Opens a shard, a cached one for this read only: the cache may remove what nobody holds open."""
+        if isinstance(self.folder, Path):
+            path = self.folder / self.shards[shard].name
+            return self._files.get(shard, lambda: _OpenFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC)))
+        descriptor, was_there = self.folder.open_shard(self.shards[shard])
+        with self._counting:
+            self.cache_hits += was_there
+            self.cache_misses += not was_there
+        return _OpenFile(descriptor)
+
+    def _mended(self, shard: int) -> bool:
+        """Whether a shard was damaged in the cache alone, so that another read may do better."""
+        return isinstance(self.folder, RemoteFolder) and self.folder.drop_if_damaged(self.shards[shard])
+
     def _start_empty(self) -> None:
+        self.cache_hits = 0
+        self.cache_misses = 0
+        self._counting = threading.Lock()
         self._files: _Recent[_OpenFile] = _Recent(MAX_OPEN_FILES)
         self._indexes: _Recent[ShardIndex] = _Recent(MAX_LOADED_INDEXES)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leaves open files and loaded indexes behind."""
-        return {name: value for name, value in vars(self).items() if name not in ("_files", "_indexes")}
+        """Leaves open files, loaded indexes and counts behind."""
+        left_behind = ("_files", "_indexes", "_counting", "cache_hits", "cache_misses")
+        return {name: value for name, value in vars(self).items() if name not in left_behind}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Starts with no file open."""
@@ -226,11 +265,11 @@ class ShardSet:
         self._start_empty()
 
 
-def _read_index_file(path: Path) -> bytes:
+def _read_index_file(folder: Path) -> bytes:
+    path = folder / INDEX_NAME
     try:
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
-        folder = path.parent
         if not folder.is_dir():
             raise Refused(f"{folder}: no such folder; make it with `tubelet pack VIDEOS {folder}`") from error
         remedy = (
@@ -249,7 +288,7 @@ def _read_shard_index(path: Path) -> bytes:
         raise Refused(f"{path}: missing; copy the whole folder again or repack it") from error
 
 
-def _patiently(path: Path, read: Callable[[], Value]) -> Value:
+def _patiently(path: Path | str, read: Callable[[], Value]) -> Value:
     """Returns what `read` reads of a file, with further tries after pauses if the disk or the network fails."""
     pauses_s = iter(RETRY_AFTER_S)
     while True:
@@ -283,12 +322,11 @@ def _check_files(folder: Path, shard: ShardEntry) -> None:
 class _OpenFile:
     """A file descriptor that closes when nobody holds it, so that dropping it never hurts a read under way."""
 
-    def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
 
     def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
+        os.close(self.descriptor)
 
 
 class _Recent(Generic[Value]):
@@ -301,12 +339,16 @@ class _Recent(Generic[Value]):
 
     def get(self, shard: int, load: Callable[[], Value]) -> Value:
         with self._lock:
-            if shard not in self._values:
-                self._values[shard] = load()
-                while len(self._values) > self._limit:
-                    self._values.popitem(last=False)
+            if shard in self._values:
+                self._values.move_to_end(shard)
+                return self._values[shard]
+        value = load()  # without the lock: a download must not hold up those who read another shard
+        with self._lock:
+            self._values[shard] = value
             self._values.move_to_end(shard)
-            return self._values[shard]
+            while len(self._values) > self._limit:
+                self._values.popitem(last=False)
+            return value
 
     def drop(self, shard: int) -> None:
         with self._lock:
