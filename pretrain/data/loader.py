@@ -56,7 +56,7 @@ class DataConfig:
     shards_per_window: int = 8
     """Pieces of shards that are shuffled together."""
     decoder: DecoderName = "auto"
-    """Who decodes: decord, pyav, or auto, which takes decord for what packing writes and pyav for all else."""
+    """Who decodes: decord, pyav, torchcodec, or auto: decord for what packing writes and pyav for all else."""
     workers: int = 4
     """Loader processes for each training process; 0 decodes in the training process."""
     max_bad_share: float = 0.01
