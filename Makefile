@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench bench-data clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,10 @@ bench: .venv/installed ## measure against peers, as ratios, and the order of sam
 	@$(BIN)/python -m tests.benchmarks.mae_step
 	@$(BIN)/python -m tests.benchmarks.decode
 	@$(BIN)/python -m tests.benchmarks.order_scale
+
+bench-data: .venv/installed ## measure the data path and what sets its speed, as ratios; some minutes
+	@$(BIN)/python -m tests.benchmarks.data_path
+	@$(BIN)/python -m tests.benchmarks.speed_knobs
 
 clean: ## remove .venv and runs
 	rm -rf .venv runs

@@ -44,7 +44,7 @@ class EvaluateConfig:
     micro_batch: int = 8
     """Videos that one process sends through the model at once."""
     decoder: DecoderName = "auto"
-    """Who decodes: decord, pyav, or auto, which takes decord for what packing writes and pyav for all else."""
+    """Who decodes: decord, pyav, torchcodec, or auto: decord for what packing writes and pyav for all else."""
     workers: int = 2
     """Loader processes for each process."""
     cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)

@@ -10,8 +10,8 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch.nn import functional
 from torchvision.transforms.v2 import RandomResizedCrop
-from torchvision.transforms.v2 import functional as transforms
 
 from pretrain.data.randomness import raw_words, torch_seed, uniform
 from pretrain.errors import Refused
@@ -123,9 +123,9 @@ def cut(frames: torch.Tensor, box: Box, size: int, mirror: bool = False) -> torc
     top, left, height, width = box
     frames = frames[:, top : top + height, left : left + width].permute(0, 3, 1, 2)
     if (height, width) != (size, size):
-        frames = transforms.resize(frames, [size, size], antialias=True)
+        frames = functional.interpolate(frames, (size, size), mode="bilinear", antialias=True)
     if mirror:
-        frames = transforms.horizontal_flip(frames)
+        frames = frames.flip(-1)
     return frames.permute(0, 2, 3, 1).contiguous()
 
 

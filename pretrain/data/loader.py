@@ -62,7 +62,7 @@ class DataConfig:
     class_power: float = 1.0
     """Class balance: a class's share of every step grows with its samples to this power; 1 as stored, 0 all alike."""
     decoder: DecoderName = "auto"
-    """Who decodes: decord, pyav, or auto, which takes decord for what packing writes and pyav for all else."""
+    """Who decodes: decord, pyav, torchcodec, or auto: decord for what packing writes and pyav for all else."""
     workers: int = 4
     """Loader processes for each training process; 0 decodes in the training process."""
     max_bad_share: float = 0.01
@@ -124,7 +124,7 @@ class Batch(NamedTuple):
 
 
 class _Loaded(NamedTuple):
-    clips: torch.Tensor
+    clips: list[torch.Tensor]
     label: int
     visible: np.ndarray
     masked: np.ndarray
@@ -240,7 +240,7 @@ class TrainingClips(Dataset):
         label = -1 if sample.label is None else sample.label
         none = np.empty((self.config.repeats, 0), dtype=np.int64)
         return _Loaded(
-            torch.stack(clips),
+            clips,
             label,
             np.stack(visible) if visible else none,
             np.stack(masked) if masked else none,
@@ -254,7 +254,7 @@ def collate(loaded: Sequence[_Loaded]) -> Batch:
     """Puts loaded samples together, all clips of a sample side by side."""
     repeats = len(loaded[0].clips)
     return Batch(
-        clips=torch.cat([one.clips for one in loaded]),
+        clips=torch.stack([clip for one in loaded for clip in one.clips]),
         labels=torch.tensor([one.label for one in loaded]).repeat_interleave(repeats),
         visible=torch.from_numpy(np.concatenate([one.visible for one in loaded])),
         masked=torch.from_numpy(np.concatenate([one.masked for one in loaded])),

@@ -3,22 +3,25 @@
 Shards hold what packing wrote (H.264, constant frame rate, closed GOP, no B-frames), where every decoder agrees on
 every frame. On other files decord may return wrong frames, with no error: groups of pictures that lean on the one
 before (open GOP: HEVC as x265 writes it, and some H.264 and MPEG-4), AVI and MPEG-TS. PyAV's reader does not
-(`pyav_reader.py`). Readers must be opened in the process that uses them: decord may deadlock across a fork.
+(`pyav_reader.py`), nor, for most of them, torchcodec's (`torchcodec_reader.py`, an extra). Readers must be opened in
+the process that uses them: decord may deadlock across a fork.
 """
 
 import io
 import itertools
 import math
 import re
+from collections.abc import Callable
 from typing import Literal, Protocol
 
 import numpy as np
 
 from pretrain.data.mp4 import read_mp4_video
 from pretrain.data.pyav_reader import PyAvReader
+from pretrain.data.torchcodec_reader import TorchCodecReader
 from pretrain.errors import BadSample
 
-DecoderName = Literal["auto", "decord", "pyav"]
+DecoderName = Literal["auto", "decord", "pyav", "torchcodec"]
 """Whose frames are read; auto is decord for files like those that packing writes, and PyAV for all others."""
 
 ALIGNMENT = 32
@@ -79,6 +82,13 @@ class DecordReader:
         return np.stack(frames)
 
 
+READERS: dict[str, Callable[[bytes], VideoReader]] = {
+    "decord": DecordReader,
+    "pyav": PyAvReader,
+    "torchcodec": TorchCodecReader,
+}
+
+
 def open_video(video: bytes, decoder: DecoderName = "auto") -> VideoReader:
     """Opens a video from its bytes.
 
@@ -88,10 +98,11 @@ def open_video(video: bytes, decoder: DecoderName = "auto") -> VideoReader:
 
     Raises:
         BadSample: The decoder cannot open it, or it holds no frame.
+        Refused: The decoder is torchcodec, which is not installed or finds no FFmpeg.
     """
     if decoder == "auto":
         decoder = "decord" if decord_is_exact(video) else "pyav"
-    reader: VideoReader = DecordReader(video) if decoder == "decord" else PyAvReader(video)
+    reader: VideoReader = READERS[decoder](video)
     if len(reader) == 0:
         raise BadSample("it holds no frames")
     return reader

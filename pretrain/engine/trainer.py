@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from pretrain.engine.checkpoint import Checkpoints
 from pretrain.engine.distributed import Processes
+from pretrain.engine.feeding import on_device
 from pretrain.engine.progress import Progress
 from pretrain.engine.tracking import Tracker, read_metrics
 from pretrain.errors import StoppedByRule, TubeletError
@@ -152,7 +153,7 @@ class Trainer:
             DiskFull: No space is left for the record or for a checkpoint.
         """
         plan = self.plan
-        waiting = iter(batches)
+        waiting = on_device(batches, self.processes.device)
         self._seconds_since_last()
         previous: _StepRecord | None = None
         with Progress(plan.steps, plan.first_step, description, self.processes.is_main, plan.log_every) as progress:
@@ -185,8 +186,8 @@ class Trainer:
         """Takes one optimiser step and returns its record without waiting for the device."""
         self.model.train()
         self.schedule.step_update(step)
-        accelerator, device = self.processes.accelerator, self.processes.device
-        loss_sum = torch.zeros((), device=device)
+        accelerator = self.processes.accelerator
+        loss_sum = torch.zeros((), device=self.processes.device)
         gradient_norm: Any = math.nan
         data_wait_s, padded, keys, skipped = 0.0, 0, [], []
         for micro_batch in range(self.plan.accumulation):
@@ -198,7 +199,7 @@ class Trainer:
             skipped += batch.skipped
             seed_draws(self.plan.seed, step, self.processes.rank, micro_batch)
             with accelerator.accumulate(self.model):
-                loss = self.objective(self.model, _to_device(batch, device))
+                loss = self.objective(self.model, batch)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     gradient_norm = accelerator.clip_grad_norm_(
@@ -352,12 +353,3 @@ def memory_gib(device: torch.device) -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def _to_device(batch: Any, device: torch.device) -> Any:
-    moved = {
-        name: value.to(device, non_blocking=True)
-        for name, value in batch._asdict().items()
-        if isinstance(value, Tensor)
-    }
-    return batch._replace(**moved)

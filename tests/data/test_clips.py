@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchvision.transforms.v2.functional import resize as torchvision_resize
 
 from pretrain.data.clips import ClipConfig, cut, frame_indices, is_mirrored, training_box, view_box
 from pretrain.data.randomness import key_for
@@ -185,6 +186,16 @@ def test_a_resized_clip_stays_bytes_and_is_antialiased():
     assert 40 < clip.min() <= clip.max() < 90, "without antialiasing the stripes would fall between the samples"
     larger = cut(frames_of(20, 20), (2, 3, 10, 14), 32)
     assert (larger.dtype, larger.shape) == (torch.uint8, (3, 32, 32, 3))
+
+
+def test_a_resized_clip_holds_the_bits_that_torchvision_gives():
+    frames = torch.randint(0, 256, (3, 60, 80, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for top, left, height, width in ((0, 10, 60, 60), (4, 7, 32, 60), (20, 3, 25, 17)):
+        cropped = frames[:, top : top + height, left : left + width].permute(0, 3, 1, 2)
+        expected = torchvision_resize(cropped, [32, 32], antialias=True).permute(0, 2, 3, 1)
+        for mirror in (False, True):
+            clip = cut(frames, (top, left, height, width), 32, mirror)
+            assert torch.equal(clip, expected.flip(2) if mirror else expected)
 
 
 def test_mirroring_takes_half_of_the_clips_and_none_unless_asked():

@@ -13,9 +13,11 @@ from pretrain.data.pyav_reader import PyAvReader
 from pretrain.data.transcode import transcode
 from pretrain.data.video import DecordReader, VideoReader, open_video
 from pretrain.errors import BadSample
+from tests.torchcodec_process import open_with
 from tests.videos import make_video
 
 FRAMES = 48
+DECODERS = ("decord", "pyav", "torchcodec")
 B_FRAMES = {"bf": "2", "g": "12"}
 CLOSED = B_FRAMES | {"flags": "+cgop"}
 OPEN_H264 = {"x264-params": "open-gop=1:bframes=3:b-adapt=0:scenecut=0:keyint=12:min-keyint=12"}
@@ -64,6 +66,8 @@ WRONG_IN_DECORD = {
     "cut-by-edit-list": ("cut.mp4", {"options": CLOSED}),
 }
 MADE = EXACT_IN_ALL | WRONG_IN_DECORD
+EXACT_IN_TORCHCODEC = ("hevc-open-gop", "h264-open-gop", "mpeg4-open-gop", "cut-by-edit-list")
+WRONG_IN_TORCHCODEC = ("h264-gradual-refresh", "mpeg4-avi", "h264-avi", "h264-mpeg-ts")
 
 
 @pytest.fixture(scope="module")
@@ -108,11 +112,11 @@ def wrong_reads(reader: VideoReader, expected: np.ndarray) -> int:
     return sum(is_wrong(indices) for indices in requests(len(expected)))
 
 
-@pytest.mark.parametrize("decoder", ["decord", "pyav", "auto"])
+@pytest.mark.parametrize("decoder", ["decord", "pyav", "torchcodec", "auto"])
 @pytest.mark.parametrize("name", EXACT_IN_ALL)
 def test_every_decoder_returns_the_very_frames(videos, name, decoder):
     video, expected = videos(name)
-    reader = open_video(video, decoder)
+    reader = open_with(video, decoder)
     assert len(reader) == len(expected) == FRAMES
     assert wrong_reads(reader, expected) == 0
 
@@ -133,6 +137,21 @@ def test_decord_returns_wrong_frames_where_auto_avoids_it(videos, name):
     assert wrong_reads(DecordReader(video), expected) > 0
 
 
+@pytest.mark.parametrize("name", EXACT_IN_TORCHCODEC)
+def test_torchcodec_reads_open_groups_of_pictures_and_edit_lists_exactly(videos, name):
+    video, expected = videos(name)
+    reader = open_with(video, "torchcodec")
+    assert len(reader) == len(expected)
+    assert wrong_reads(reader, expected) == 0
+
+
+@pytest.mark.parametrize("name", WRONG_IN_TORCHCODEC)
+def test_torchcodec_returns_wrong_frames_of_other_files_that_decord_misreads(videos, name):
+    """Where this fails torchcodec has been mended, and the table of decoders may say so."""
+    video, expected = videos(name)
+    assert wrong_reads(open_with(video, "torchcodec"), expected) > 0
+
+
 def test_decord_shifts_frames_of_hevc_with_open_groups_of_pictures(videos):
     video, expected = videos("hevc-open-gop")
     reader = DecordReader(video)
@@ -143,11 +162,11 @@ def test_decord_shifts_frames_of_hevc_with_open_groups_of_pictures(videos):
     assert 4 <= sum(shifts) < len(expected) / 2
 
 
-def test_frames_with_colours_of_high_definition_are_alike_in_both_decoders(tmp_path):
+def test_frames_with_colours_of_high_definition_are_alike_in_all_decoders(tmp_path):
     options = {"g": "8", "bf": "0", "x264-params": "colorprim=bt709:transfer=bt709:colormatrix=bt709"}
     video = make_video(tmp_path / "video.mp4", frames=4, seed=5, options=options).read_bytes()
-    read = [open_video(video, decoder).read(np.arange(4)).astype(int) for decoder in ("decord", "pyav")]
-    assert np.abs(read[0] - read[1]).max() <= 2
+    decord, *others = (open_with(video, decoder).read(np.arange(4)).astype(int) for decoder in DECODERS)
+    assert all(np.abs(decord - other).max() <= 2 for other in others)
 
 
 @pytest.fixture(scope="module")
@@ -156,9 +175,10 @@ def packed(tmp_path_factory) -> bytes:
     return transcode(source, gop=16).video
 
 
-def test_both_decoders_give_the_same_bits_for_what_packing_writes(packed):
-    decord, pyav = (open_video(packed, decoder).read(np.arange(FRAMES)) for decoder in ("decord", "pyav"))
-    np.testing.assert_array_equal(decord, pyav)
+def test_all_decoders_give_the_same_bits_for_what_packing_writes(packed):
+    decord, *others = (open_with(packed, decoder).read(np.arange(FRAMES)) for decoder in DECODERS)
+    for other in others:
+        np.testing.assert_array_equal(decord, other)
 
 
 def test_frames_are_decoded_from_the_keyframe_before_them_on(packed):
@@ -175,8 +195,8 @@ def test_frames_are_decoded_from_the_keyframe_before_them_on(packed):
 
 
 def test_a_frame_past_the_last_is_refused(packed, videos):
-    for video in (packed, videos("mpeg4-avi")[0]):
-        reader = open_video(video, "pyav")
+    for video, decoder in ((packed, "pyav"), (packed, "torchcodec"), (videos("mpeg4-avi")[0], "pyav")):
+        reader = open_with(video, decoder)
         with pytest.raises(BadSample, match=f"cannot decode frames {FRAMES - 1} to {FRAMES}"):
             reader.read(np.array([FRAMES - 1, FRAMES]))
 

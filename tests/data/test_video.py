@@ -12,6 +12,7 @@ import pytest
 from pretrain.data.transcode import transcode
 from pretrain.data.video import DecoderName, open_video
 from pretrain.errors import BadSample
+from tests.torchcodec_process import open_with
 from tests.videos import make_video, read_video
 
 FRAMES = 24
@@ -25,13 +26,13 @@ def packed(tmp_path_factory) -> bytes:
     return transcode(source).video
 
 
-@pytest.fixture(params=["decord", "pyav"])
+@pytest.fixture(params=["decord", "pyav", "torchcodec"])
 def decoder(request) -> DecoderName:
     return request.param
 
 
 def all_frames(video: bytes, decoder: DecoderName) -> np.ndarray:
-    reader = open_video(video, decoder)
+    reader = open_with(video, decoder)
     return reader.read(np.arange(len(reader)))
 
 
@@ -41,7 +42,7 @@ def all_frames(video: bytes, decoder: DecoderName) -> np.ndarray:
 def test_chosen_frames_are_those_of_the_video(tmp_path, width, options, decoder):
     path = make_video(tmp_path / "video.mp4", frames=FRAMES, width=width, seed=3, options=options)
     expected = read_video(path)
-    reader = open_video(path.read_bytes(), decoder)
+    reader = open_with(path.read_bytes(), decoder)
     assert len(reader) == FRAMES
     for indices in ([0], [FRAMES - 1], [3, 4, 5, 6], [1, 9, 17, 23], [7, 8], [2], [5, 6, 11, 12, 22, 23]):
         frames = reader.read(np.array(indices))
@@ -53,7 +54,7 @@ def test_chosen_frames_are_those_of_the_video(tmp_path, width, options, decoder)
 def test_a_frame_asked_for_twice_comes_twice(tmp_path, width, decoder):
     path = make_video(tmp_path / "video.mp4", frames=6, width=width, seed=1, options=AS_PACKED)
     indices = np.array([0, 0, 2, 4, 5, 5, 5])
-    frames = open_video(path.read_bytes(), decoder).read(indices)
+    frames = open_with(path.read_bytes(), decoder).read(indices)
     assert np.abs(frames.astype(int) - read_video(path)[indices]).max() <= 2
     assert not np.array_equal(frames[1], frames[2])
 
@@ -89,10 +90,10 @@ def test_torch_computes_on_the_cpu_after_decord_has_read(packed, tmp_path):
 
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98])
 def test_a_truncated_video_is_a_bad_sample(packed, share, decoder):
-    with pytest.raises(BadSample, match=r"(decord|PyAV) cannot") as caught:
+    with pytest.raises(BadSample, match=r"(decord|PyAV|torchcodec) cannot") as caught:
         all_frames(packed[: int(len(packed) * share)], decoder)
     assert "\n" not in str(caught.value)
-    assert "/project/" not in str(caught.value), "lines of decord's source say nothing to the reader"
+    assert "/project/" not in str(caught.value), "lines of a decoder's source say nothing to the reader"
 
 
 @pytest.mark.parametrize("damage", ["zeros in the middle", "zeros all over", "noise all over"])
@@ -110,8 +111,8 @@ def test_a_damaged_video_is_a_bad_sample(packed, damage, decoder):
 
 @pytest.mark.parametrize("junk", [b"", b"no video", bytes(range(256)) * 20], ids=["empty", "text", "bytes"])
 def test_junk_is_a_bad_sample(junk, decoder):
-    with pytest.raises(BadSample, match=r"(decord|PyAV) cannot open it"):
-        open_video(junk, decoder)
+    with pytest.raises(BadSample, match=r"(decord|PyAV|torchcodec) cannot open it"):
+        open_with(junk, decoder)
 
 
 def test_sound_alone_is_a_bad_sample(tmp_path, decoder):
@@ -122,5 +123,5 @@ def test_sound_alone_is_a_bad_sample(tmp_path, decoder):
         frame.sample_rate = 16000
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-    with pytest.raises(BadSample, match=r"cannot find video stream|holds no video stream"):
-        open_video(path.read_bytes(), decoder)
+    with pytest.raises(BadSample, match=r"cannot find video stream|holds no video stream|best video stream is unknown"):
+        open_with(path.read_bytes(), decoder)

@@ -1,0 +1,68 @@
+"""Handing batches to the device: on a GPU each one is copied while the step before it computes.
+
+The copy runs on a stream of its own, from the pinned memory in which the loader leaves a batch, and the step waits for
+it on the device, never on the CPU. One batch is taken ahead and no more: what a run has consumed is counted in steps,
+so a batch that was taken and not trained on is read again after resuming.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Item = TypeVar("Item")
+
+
+def on_device(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
+    """Yields batches, which are named tuples, with their tensors on the device.
+
+    Args:
+        batches: Micro-batches in memory, pinned where the device is a GPU.
+        device: Where the model computes.
+    """
+    if device.type == "cuda":
+        return _copied_ahead(batches, device)
+    return (_moved(batch, device) for batch in batches)
+
+
+def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """Yields items, each once the one after it has been taken; what taking that one raises is raised in its turn."""
+    taken = iter(items)
+    end = object()
+    error: Exception | None = None
+    ready: Any = next(taken, end)
+    while ready is not end:
+        following: Any = end
+        try:
+            following = next(taken, end)
+        except Exception as raised:
+            error = raised
+        yield ready
+        ready = following
+    if error:
+        raise error
+
+
+def _copied_ahead(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
+    copies = torch.cuda.Stream(device)
+
+    def begun(batch: Any) -> tuple[Any, torch.cuda.Event]:
+        with torch.cuda.stream(copies):
+            moved = _moved(batch, device)
+        return moved, copies.record_event()
+
+    for batch, copied in one_ahead(map(begun, batches)):
+        computing = torch.cuda.current_stream(device)
+        computing.wait_event(copied)
+        for tensor in _tensors(batch).values():
+            tensor.record_stream(computing)  # or its memory would be free to the next copy while it is still read
+        yield batch
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    return batch._replace(**{name: tensor.to(device, non_blocking=True) for name, tensor in _tensors(batch).items()})
+
+
+def _tensors(batch: Any) -> dict[str, Tensor]:
+    return {name: value for name, value in batch._asdict().items() if isinstance(value, Tensor)}
