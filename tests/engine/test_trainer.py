@@ -167,6 +167,7 @@ def test_metrics_tell_what_starves_the_model_and_quarantined_samples_do_not_coun
         trainer = trainer_of(tmp_path, processes, lambda model, batch: model(batch.clips).sum(), checkpoint_every=3)
         trainer.plan = dataclasses.replace(trainer.plan, max_bad_share=0.0)
         trainer.train([batch._replace(costs=costs) for batch in batches(skipped)], "test")
+        (tmp_path / "run.lock").unlink()
         again = trainer_of(tmp_path, processes, lambda model, batch: model(batch.clips).sum())
     entries = read_metrics(tmp_path / "metrics.jsonl")
     assert [(entry["skipped"], entry["quarantined"]) for entry in entries] == [(1, 30), (2, 60), (3, 90)]
