@@ -29,6 +29,7 @@ lint: .venv/installed ## check the code with ruff and mypy
 bench: .venv/installed ## measure against peers, as ratios, and the order of samples at scale
 	@$(BIN)/python -m tests.benchmarks.mae_step
 	@$(BIN)/python -m tests.benchmarks.decode
+	@$(BIN)/python -m tests.benchmarks.decode_child
 	@$(BIN)/python -m tests.benchmarks.order_scale
 
 bench-data: .venv/installed ## measure the data path and what sets its speed, as ratios; some minutes

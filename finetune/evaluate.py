@@ -17,6 +17,7 @@ from finetune.classifier import load
 from finetune.config import ViewsConfig
 from pretrain.commandline import met_by_every_rank
 from pretrain.data.clips import ClipConfig
+from pretrain.data.decode_client import DECODE_LIMIT_S, refuse_decode_limit
 from pretrain.data.order import evaluation_slice
 from pretrain.data.shard_cache import CacheConfig
 from pretrain.data.shards import ShardSet
@@ -45,6 +46,8 @@ class EvaluateConfig:
     """Videos that one process sends through the model at once."""
     decoder: DecoderName = "auto"
     """Who decodes: decord, pyav, torchcodec, or auto: decord for what packing writes and pyav for all else."""
+    decode_limit_s: float | None = DECODE_LIMIT_S
+    """Seconds after which a decode is given up as an error; 0 or null decodes without limit or protection."""
     workers: int = 2
     """Loader processes for each process."""
     cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
@@ -56,6 +59,7 @@ class EvaluateConfig:
         self.cache.validate("cache")
         if self.micro_batch < 1 or self.workers < 0:
             raise Refused("micro_batch, workers: must be at least 1 and 0")
+        refuse_decode_limit("decode_limit_s", self.decode_limit_s)
 
 
 class VideoLogits(NamedTuple):
@@ -119,6 +123,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
             config.micro_batch,
             config.workers,
             config.decoder,
+            config.decode_limit_s,
         )
         record = {"model": config.model} | circumstances(shards, config.views)
         processes.on_main_only(lambda: write_evaluation(out, evaluation, description.classes, record))
@@ -189,6 +194,7 @@ def evaluate_on(
     micro_batch: int,
     workers: int,
     decoder: DecoderName = "auto",
+    decode_limit_s: float | None = DECODE_LIMIT_S,
 ) -> Evaluation:
     """Evaluates a model on labelled shards; every rank calls it and gets the same result.
 
@@ -203,12 +209,13 @@ def evaluate_on(
         micro_batch: Videos that go through the model at once.
         workers: Loader processes.
         decoder: Who decodes.
+        decode_limit_s: Seconds that a decode may take; None or 0 decodes without limit or protection.
 
     Raises:
         StoppedByRule: The model returns logits that are not finite.
     """
     numbers, counted = evaluation_slice(len(chosen), processes.world, processes.rank)
-    cutter = EvaluationViews(shards, clip, views.temporal, views.spatial, decoder)
+    cutter = EvaluationViews(shards, clip, views.temporal, views.spatial, decoder, decode_limit_s)
     was_training = model.training
     model.eval()
     own: list[VideoLogits] = []

@@ -239,6 +239,7 @@ def accuracy_on(
         config.data.micro_batch,
         config.data.workers,
         config.data.decoder,
+        config.data.decode_limit_s,
     ).figures
     return {f"validation_{name}": figures[name] for name in ("top1", "top5")}
 
@@ -266,6 +267,7 @@ def evaluate_finally(
         max(config.data.micro_batch // (config.views.temporal * config.views.spatial), 1),
         config.data.workers,
         config.data.decoder,
+        config.data.decode_limit_s,
     )
     content = evaluation.figures | circumstances(held_out, config.views)
     run.processes.on_main_only(lambda: write_json(run.out / "evaluation.json", content))

@@ -135,11 +135,12 @@ def reconstruction_loss_on(
     Returns:
         `validation_errors`, the samples that cannot be decoded, and `validation_loss` over the others if there are any.
     """
+    data = config.data
     chosen = config.validation.chosen(held_out.samples)
     numbers, counted = evaluation_slice(len(chosen), processes.world, processes.rank)
-    views = EvaluationViews(held_out, config.data.clip, decoder=config.data.decoder)
+    views = EvaluationViews(held_out, data.clip, decoder=data.decoder, decode_limit_s=data.decode_limit_s)
     total = torch.zeros(3, dtype=torch.float64)
-    for batch in evaluation_batches(views, chosen[numbers], counted, config.data.micro_batch, config.data.workers):
+    for batch in evaluation_batches(views, chosen[numbers], counted, data.micro_batch, data.workers):
         visible, masked = fixed_masks(config.mask, config, [one.sample for one in batch], processes.device)
         clips = torch.cat([one.clips for one in batch]).to(processes.device)
         loss = model(clips, visible, masked).loss.double().cpu()
@@ -207,8 +208,8 @@ def save_reconstructions(
         The files, on rank 0.
     """
     model.eval()
-    everything = dataclasses.replace(config.mask, decoded=1.0)
-    views = EvaluationViews(shards, config.data.clip, decoder=config.data.decoder)
+    data, everything = config.data, dataclasses.replace(config.mask, decoded=1.0)
+    views = EvaluationViews(shards, data.clip, decoder=data.decoder, decode_limit_s=data.decode_limit_s)
     numbers = np.linspace(0, shards.samples - 1, min(PICTURED_CLIPS, shards.samples)).astype(int)
     strips = []
     for number in numbers.tolist():

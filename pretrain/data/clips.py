@@ -118,10 +118,13 @@ def cut(frames: torch.Tensor, box: Box, size: int, mirror: bool = False) -> torc
         mirror: Exchange left and right.
 
     Returns:
-        `(T, size, size, 3)` uint8, contiguous.
+        `(T, size, size, 3)` uint8, contiguous, in memory of its own.
     """
     top, left, height, width = box
-    frames = frames[:, top : top + height, left : left + width].permute(0, 3, 1, 2)
+    frames = frames[:, top : top + height, left : left + width]
+    if (height, width) == (size, size) and not mirror:
+        return frames.clone(memory_format=torch.contiguous_format)
+    frames = frames.permute(0, 3, 1, 2)
     if (height, width) != (size, size):
         frames = functional.interpolate(frames, (size, size), mode="bilinear", antialias=True)
     if mirror:

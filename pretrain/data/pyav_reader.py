@@ -20,6 +20,7 @@ from av.video.reformatter import VideoReformatter
 
 from pretrain.data.mp4_encoder import quarter_turn
 from pretrain.data.transcode import reason_of, video_stream
+from pretrain.data.video import Allocate, new_array
 from pretrain.errors import BadSample
 
 NO_TIMESTAMPS = 0x80  # AVFMT_NOTIMESTAMPS
@@ -57,8 +58,8 @@ class PyAvReader:
         """Frames in the video."""
         return self._frames
 
-    def read(self, indices: np.ndarray) -> np.ndarray:
-        """Returns `(len(indices), H, W, 3)` uint8 frames; raises `BadSample` if one cannot be decoded."""
+    def read(self, indices: np.ndarray, allocate: Allocate = new_array) -> np.ndarray:
+        """Reads frames, as `VideoReader` says."""
         unique, inverse = np.unique(indices, return_inverse=True)
         numbers = unique.tolist()
         try:
@@ -69,8 +70,10 @@ class PyAvReader:
             raise BadSample(f"PyAV cannot decode frames {numbers[0]} to {numbers[-1]}: damaged, or past the last frame")
         if len({picture.shape for picture in pictures}) > 1:
             raise BadSample(f"its frames {numbers[0]} to {numbers[-1]} are of different sizes")
-        frames = np.stack(pictures)
-        return frames if len(unique) == len(indices) else frames[inverse]
+        frames = allocate((len(indices), *pictures[0].shape))
+        for place, number in enumerate(inverse):
+            frames[place] = pictures[number]
+        return frames
 
     def _pictures(self, numbers: list[int]) -> list[np.ndarray]:
         """The frames of these ascending numbers, but for those that do not come out of the decoder whole."""

@@ -74,17 +74,17 @@ def reading_list(
             for batch, requests in enumerate(requests_of_rank, first_batch):
                 worker = batch % config.workers if config.workers else None
                 for request in requests:
-                    key, clip_start = _clip_of(sets[request.set_number], config, order.seed, request)
                     place = order.place(request.set_number, request.position)
                     for repeat in range(config.repeats):
+                        key, clip_start = _clip_of(sets[request.set_number], config, order.seed, request, repeat)
                         mask_seed = f"{clip_key(order.seed, request, repeat, 'mask'):032x}" if masked else None
                         who = rank, worker, request.set_number
                         yield Reading(step, place, *who, request.epoch, key, repeat, clip_start, mask_seed)
 
 
-def _clip_of(shards: ShardSet, config: DataConfig, seed: int, request: Request) -> tuple[str, int]:
-    """Returns the key of a request's sample and the clip's first stored frame."""
+def _clip_of(shards: ShardSet, config: DataConfig, seed: int, request: Request, repeat: int) -> tuple[str, int]:
+    """Returns the key of a request's sample and the first stored frame of one of its clips."""
     shard, row = shards.locate(request.sample)
     index = shards.shard_index(shard)
-    indices, _ = clip_frames(config.clip, seed, request, index.frames[row], index.frame_rates[row])
+    indices, _ = clip_frames(config, seed, request, repeat, index.frames[row], index.frame_rates[row])
     return index.keys[row], int(indices[0])

@@ -10,6 +10,7 @@ from types import ModuleType
 
 import numpy as np
 
+from pretrain.data.video import Allocate, new_array
 from pretrain.errors import BadSample, Refused
 
 
@@ -35,15 +36,17 @@ class TorchCodecReader:
         """Frames in the video."""
         return len(self._decoder)
 
-    def read(self, indices: np.ndarray) -> np.ndarray:
-        """Returns `(len(indices), H, W, 3)` uint8 frames; raises `BadSample` if one cannot be decoded."""
+    def read(self, indices: np.ndarray, allocate: Allocate = new_array) -> np.ndarray:
+        """Reads frames, as `VideoReader` says."""
         unique, inverse = np.unique(indices, return_inverse=True)
         try:
             frames = self._decoder.get_frames_at(unique.tolist()).data.numpy()
         except (RuntimeError, ValueError, IndexError) as error:
             numbers = f"frames {unique[0]} to {unique[-1]}"
             raise BadSample(f"torchcodec cannot decode {numbers}: {_reason_of(error)}") from None
-        return frames if len(unique) == len(indices) else frames[inverse]
+        filled = allocate((len(indices), *frames.shape[1:]))
+        np.take(frames, inverse, axis=0, out=filled)
+        return filled
 
 
 @functools.cache

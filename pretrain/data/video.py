@@ -8,17 +8,15 @@ the process that uses them: decord may deadlock across a fork.
 """
 
 import io
-import itertools
 import math
 import re
-from collections.abc import Callable
-from typing import Literal, Protocol
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from pretrain.data.mp4 import read_mp4_video
-from pretrain.data.pyav_reader import PyAvReader
-from pretrain.data.torchcodec_reader import TorchCodecReader
 from pretrain.errors import BadSample
 
 DecoderName = Literal["auto", "decord", "pyav", "torchcodec"]
@@ -26,8 +24,15 @@ DecoderName = Literal["auto", "decord", "pyav", "torchcodec"]
 
 ALIGNMENT = 32
 """Pixels that decord rounds the width of a row up to."""
-PADDED = "from_size == to_size"
-"""What decord says when it cannot put frames into a batch since it counts the padding of their rows as pixels."""
+
+
+Allocate = Callable[[tuple[int, ...]], np.ndarray]
+"""Returns a uint8 array of a shape, with anything in it."""
+
+
+def new_array(shape: tuple[int, ...]) -> np.ndarray:
+    """Returns an array of its own."""
+    return np.empty(shape, np.uint8)
 
 
 class VideoReader(Protocol):
@@ -36,8 +41,19 @@ class VideoReader(Protocol):
     def __len__(self) -> int:
         """Frames in the video."""
 
-    def read(self, indices: np.ndarray) -> np.ndarray:
-        """Returns `(len(indices), H, W, 3)` uint8 RGB frames; `indices` must ascend and may repeat."""
+    def read(self, indices: np.ndarray, allocate: Allocate = new_array) -> np.ndarray:
+        """Reads frames.
+
+        Args:
+            indices: The frames' numbers, ascending; they may repeat.
+            allocate: Gives the array that is filled and returned.
+
+        Returns:
+            `(len(indices), H, W, 3)` uint8 RGB.
+
+        Raises:
+            BadSample: One of them cannot be decoded.
+        """
 
 
 class DecordReader:
@@ -45,11 +61,7 @@ class DecordReader:
 
     def __init__(self, video: bytes) -> None:
         """Opens a video from its bytes; raises `BadSample` if decord cannot."""
-        # torch first: decord loads NVIDIA's BLAS for the whole process, and a torch that comes later crashes in it.
-        import torch  # noqa: F401, I001
-        import decord
-
-        self._decord = decord
+        self._decord = decord = _import_decord()
         try:
             self._reader = decord.VideoReader(io.BytesIO(video), ctx=decord.cpu(0), num_threads=1)
         except (decord.DECORDError, RuntimeError) as error:
@@ -59,34 +71,80 @@ class DecordReader:
         """Frames in the video."""
         return len(self._reader)
 
-    def read(self, indices: np.ndarray) -> np.ndarray:
-        """Returns `(len(indices), H, W, 3)` uint8 frames; raises `BadSample` if one cannot be decoded."""
-        unique, inverse = np.unique(indices, return_inverse=True)
+    def read(self, indices: np.ndarray, allocate: Allocate = new_array) -> np.ndarray:
+        """Reads frames, as `VideoReader` says."""
         try:
-            frames = self._decode(unique.tolist())
-        except (self._decord.DECORDError, RuntimeError, IndexError, ValueError) as error:
-            raise BadSample(f"decord cannot decode frames {unique[0]} to {unique[-1]}: {_first_line(error)}") from None
-        return frames if len(unique) == len(indices) else frames[inverse]
+            return self._read(indices.tolist(), allocate)
+        except (self._decord.DECORDError, RuntimeError, IndexError, ValueError, StopIteration) as error:
+            raise BadSample(
+                f"decord cannot decode frames {indices[0]} to {indices[-1]}: {_first_line(error)}"
+            ) from None
 
-    def _decode(self, numbers: list[int]) -> np.ndarray:
+    def _read(self, numbers: list[int], allocate: Allocate) -> np.ndarray:
+        """Reads frame by frame, since `get_batch` first copies them all together and then once more."""
+        frames = None
+        for place, number in enumerate(numbers):
+            if frames is not None and number == numbers[place - 1]:
+                frames[place] = frames[place - 1]
+                continue
+            self._reader.seek_accurate(number)
+            frame = _without_padding(np.from_dlpack(_InPlace(self._reader.next())))
+            if frames is None:
+                frames = allocate((len(numbers), *frame.shape))
+            frames[place] = frame
+        assert frames is not None, "somebody asks for no frames"
+        return frames
+
+
+class _InPlace:
+    """An array of decord's on the CPU, for numpy to read where it lies: `asnumpy` copies."""
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+
+    def __dlpack__(self, **_: object) -> Any:
+        return self.array.to_dlpack()
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0
+
+
+def load_decoder(decoder: DecoderName) -> None:
+    """Imports what a decoder needs, which may take longer than to decode a video."""
+    if _reader_of("decord" if decoder == "auto" else decoder) is DecordReader:
+        _import_decord()
+
+
+def _reader_of(decoder: DecoderName) -> Callable[[bytes], VideoReader]:
+    """Returns what opens videos with a decoder; imported here, for who reads with one decoder alone starts sooner."""
+    if decoder == "pyav":
+        from pretrain.data.pyav_reader import PyAvReader
+
+        return PyAvReader
+    if decoder == "torchcodec":
+        from pretrain.data.torchcodec_reader import TorchCodecReader
+
+        return TorchCodecReader
+    return DecordReader
+
+
+def _import_decord() -> Any:
+    """Imports decord without NVIDIA's libraries.
+
+    It would load all that are installed for the whole process: 330 MB, and a torch that comes later crashes in them.
+    """
+    if "decord" not in sys.modules:
+        nvidia = sys.modules.get("nvidia")
+        sys.modules["nvidia"] = None  # type: ignore[assignment]  # stands for a module that is not installed
         try:
-            return self._reader.get_batch(numbers).asnumpy()
-        except self._decord.DECORDError as error:
-            if PADDED not in str(error):
-                raise
-        frames: list[np.ndarray] = []
-        for before, number in itertools.pairwise([None, *numbers]):
-            follows = before is not None and number == before + 1
-            frame = self._reader.next() if follows else self._reader[number]  # which seeks, and decodes again
-            frames.append(_without_padding(frame.asnumpy()))
-        return np.stack(frames)
+            import decord
+        finally:
+            del sys.modules["nvidia"]
+            if nvidia is not None:
+                sys.modules["nvidia"] = nvidia
+    import decord
 
-
-READERS: dict[str, Callable[[bytes], VideoReader]] = {
-    "decord": DecordReader,
-    "pyav": PyAvReader,
-    "torchcodec": TorchCodecReader,
-}
+    return decord
 
 
 def open_video(video: bytes, decoder: DecoderName = "auto") -> VideoReader:
@@ -102,7 +160,7 @@ def open_video(video: bytes, decoder: DecoderName = "auto") -> VideoReader:
     """
     if decoder == "auto":
         decoder = "decord" if decord_is_exact(video) else "pyav"
-    reader: VideoReader = READERS[decoder](video)
+    reader = _reader_of(decoder)(video)
     if len(reader) == 0:
         raise BadSample("it holds no frames")
     return reader
@@ -120,6 +178,24 @@ def decord_is_exact(video: bytes) -> bool:
         return False
     padded_width = math.ceil(found.width / ALIGNMENT) * ALIGNMENT
     return padded_width == found.width or 3 * padded_width % found.width > 0
+
+
+def read_time_windows(reader: VideoReader, time_windows: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Reads several time windows, each frame decoded once.
+
+    Args:
+        reader: The video.
+        time_windows: Ascending frame numbers of each.
+
+    Returns:
+        The frames of each, `(frames, H, W, 3)`; windows that are all the same share their memory.
+    """
+    first = time_windows[0]
+    if all(np.array_equal(other, first) for other in time_windows[1:]):
+        return [reader.read(first)] * len(time_windows)
+    needed = np.unique(np.concatenate(time_windows))
+    frames = reader.read(needed)
+    return [frames[np.searchsorted(needed, one)] for one in time_windows]
 
 
 def _without_padding(frame: np.ndarray) -> np.ndarray:

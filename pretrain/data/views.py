@@ -8,9 +8,10 @@ import torch
 from torch.utils.data import Dataset
 
 from pretrain.data.clips import ClipConfig, cut, frame_indices, view_box
+from pretrain.data.decode_client import DECODE_LIMIT_S, open_video_apart
 from pretrain.data.loader import load_batches
 from pretrain.data.shards import Sample, ShardSet
-from pretrain.data.video import DecoderName, open_video
+from pretrain.data.video import DecoderName, VideoReader, open_video, read_time_windows
 from pretrain.errors import BadSample
 
 
@@ -43,6 +44,7 @@ class EvaluationViews(Dataset):
         temporal: Time windows.
         spatial: Crops.
         decoder: Who decodes.
+        decode_limit_s: Seconds that a decode may take; None or 0 decodes without limit or protection.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class EvaluationViews(Dataset):
         temporal: int = 1,
         spatial: int = 1,
         decoder: DecoderName = "auto",
+        decode_limit_s: float | None = DECODE_LIMIT_S,
     ) -> None:
         """Keeps the arguments; opens nothing."""
         self.shards = shards
@@ -59,6 +62,7 @@ class EvaluationViews(Dataset):
         self.temporal = temporal
         self.spatial = spatial
         self.decoder = decoder
+        self.decode_limit_s = decode_limit_s
 
     def __getitem__(self, item: tuple[int, bool]) -> Views:
         """Returns the views of sample number `item[0]`; `item[1]` tells whether it counts."""
@@ -67,7 +71,9 @@ class EvaluationViews(Dataset):
         index = self.shards.shard_index(shard)
         key, label = index.keys[row], -1 if index.labels is None else index.labels[row]
         try:
-            clips = views_of(self.shards.read(number), self.config, self.temporal, self.spatial, self.decoder)
+            sample = self.shards.read(number)
+            reader = open_video_apart(sample.video, self.decoder, self.decode_limit_s)
+            clips = _cut_views(reader, sample.frame_rate, self.config, self.temporal, self.spatial)
             return Views(number, clips, label, key, None, counted)
         except BadSample as error:
             shape = (self.temporal * self.spatial, self.config.frames, self.config.size, self.config.size, 3)
@@ -77,7 +83,7 @@ class EvaluationViews(Dataset):
 def views_of(
     sample: Sample, config: ClipConfig, temporal: int = 1, spatial: int = 1, decoder: DecoderName = "auto"
 ) -> torch.Tensor:
-    """Cuts the views of a sample: `temporal` time windows times `spatial` crops, decoded once.
+    """Cuts the views of a sample, decoded once in this process: `temporal` time windows times `spatial` crops.
 
     Args:
         sample: The sample.
@@ -92,14 +98,16 @@ def views_of(
     Raises:
         BadSample: The video cannot be decoded.
     """
-    reader = open_video(sample.video, decoder)
+    return _cut_views(open_video(sample.video, decoder), sample.frame_rate, config, temporal, spatial)
+
+
+def _cut_views(reader: VideoReader, frame_rate: float, config: ClipConfig, temporal: int, spatial: int) -> torch.Tensor:
+    frames = len(reader)
     moments = [0.5] if temporal == 1 else np.linspace(0, 1, temporal).tolist()
-    time_windows = [frame_indices(config, len(reader), sample.frame_rate, moment)[0] for moment in moments]
-    needed = np.unique(np.concatenate(time_windows))
-    frames = torch.from_numpy(reader.read(needed))
-    height, width = frames.shape[1:3]
+    time_windows = [frame_indices(config, frames, frame_rate, moment)[0] for moment in moments]
+    shown = [torch.from_numpy(one) for one in read_time_windows(reader, time_windows)]
+    height, width = shown[0].shape[1:3]
     boxes = [view_box(height, width, view, spatial) for view in range(spatial)]
-    shown = [frames[np.searchsorted(needed, time_window)] for time_window in time_windows]
     return torch.stack([cut(one, box, config.size) for one in shown for box in boxes])
 
 

@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 FEW_SAMPLES = 10  # bad samples that are always forgiven, so that the share means something in a short run
 
+LOADER_COSTS = ("read_s", "decode_s", "cut_s", "cache_hits", "cache_misses")
+"""What a batch tells of its loading: seconds, and reads of remote shards."""
+
 Objective = Callable[[nn.Module, Any], Tensor]
 """From the prepared model and a batch on the device to the mean loss of its clips."""
 
@@ -83,6 +86,7 @@ class _StepRecord(NamedTuple):
     padded: int
     keys: list[str]
     skipped: list[dict]
+    costs: list[float]
     metrics: dict[str, float]
 
 
@@ -137,7 +141,8 @@ class Trainer:
         self.keys_path = keys_path
         self.samples_read = plan.first_step * plan.samples_per_step
         self.samples_padded = plan.samples_padded
-        self.samples_skipped = processes.on_main(lambda: len(read_metrics(skipped_path)))
+        before = processes.on_main(lambda: _count_skipped(read_metrics(skipped_path)))
+        self.samples_skipped, self.samples_quarantined = before
         self._failure: TubeletError | OSError | None = None
         self._clock = time.perf_counter()
 
@@ -190,6 +195,7 @@ class Trainer:
         loss_sum = torch.zeros((), device=self.processes.device)
         gradient_norm: Any = math.nan
         data_wait_s, padded, keys, skipped = 0.0, 0, [], []
+        costs = [0.0] * len(LOADER_COSTS)
         for micro_batch in range(self.plan.accumulation):
             wait_started = time.perf_counter()
             batch = next(batches)
@@ -197,6 +203,7 @@ class Trainer:
             keys += batch.keys
             padded += batch.padded
             skipped += batch.skipped
+            costs = [total + getattr(batch.costs, name) for total, name in zip(costs, LOADER_COSTS, strict=True)]
             seed_draws(self.plan.seed, step, self.processes.rank, micro_batch)
             with accelerator.accumulate(self.model):
                 loss = self.objective(self.model, batch)
@@ -220,6 +227,7 @@ class Trainer:
             padded=padded,
             keys=keys,
             skipped=skipped,
+            costs=costs,
             metrics={},
         )
 
@@ -232,8 +240,8 @@ class Trainer:
         """Gathers a step's figures from all ranks, stops the run if they ask for it, and logs them."""
         own = [record.loss.item(), record.data_wait_s, record.seconds, memory_gib(self.processes.device)]
         counts = [record.padded, len(record.skipped), self._failure is not None]
-        gathered = self.processes.gather(torch.tensor([*own, *counts], dtype=torch.float64))
-        loss, data_wait_s, seconds, memory, padded, skipped, failed = gathered.unbind(1)
+        gathered = self.processes.gather(torch.tensor([*own, *counts, *record.costs], dtype=torch.float64))
+        loss, data_wait_s, seconds, memory, padded, skipped, failed, *costs = gathered.unbind(1)
         self._end_if_failed(failed)
         self._stop_if_not_finite(record, loss)
         self.samples_read += self.plan.samples_per_step
@@ -254,9 +262,12 @@ class Trainer:
             "clips_per_second": clips_per_second,
             "data_wait_s": float(data_wait_s.mean()),
             "data_wait_max_s": float(data_wait_s.max()),
+            "data_wait_share": float(data_wait_s.sum() / seconds.sum()),
+            **_loader_shares([float(cost.sum()) for cost in costs]),
             "memory_gib": float(memory.max()),
             "padded": self.samples_padded,
             "skipped": self.samples_skipped,
+            **({"quarantined": self.samples_quarantined} if self.samples_quarantined else {}),
             **record.metrics,
         }
         self._write(lambda: self.tracker.log(done, figures))
@@ -306,7 +317,9 @@ class Trainer:
 
     def _note_skipped(self, record: _StepRecord) -> None:
         reports = [report for part in self.processes.gather_objects(record.skipped) for report in part]
-        self.samples_skipped += len(reports)
+        skipped, quarantined = _count_skipped(reports)
+        self.samples_skipped += skipped
+        self.samples_quarantined += quarantined
         entries = [{"step": record.step + 1} | report for report in reports]
         self._write(lambda: append_json_lines(self.skipped_path, entries))
         if self.samples_skipped > max(FEW_SAMPLES, self.plan.max_bad_share * self.samples_read):
@@ -323,6 +336,20 @@ class Trainer:
         self.model.eval()
         with torch.no_grad():
             return validation(self.model)
+
+
+def _count_skipped(reports: list[dict[str, Any]]) -> tuple[int, int]:
+    """Returns how many samples were found bad, and how many were not attempted, which no rule counts."""
+    quarantined = sum(report.get("quarantined", False) for report in reports)
+    return len(reports) - quarantined, quarantined
+
+
+def _loader_shares(costs: list[float]) -> dict[str, float]:
+    """Returns what share of the loader's time reading and decoding took, and of remote reads the cache served."""
+    read_s, decode_s, cut_s, hits, misses = costs
+    loading_s, remote_reads = read_s + decode_s + cut_s, hits + misses
+    shares = {"read_share": read_s / loading_s, "decode_share": decode_s / loading_s} if loading_s > 0 else {}
+    return shares | ({"cache_hit_share": hits / remote_reads} if remote_reads > 0 else {})
 
 
 def seed_draws(seed: int, step: int, rank: int, micro_batch: int) -> None:

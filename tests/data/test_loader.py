@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from pretrain.data.clips import ClipConfig, frame_indices
 from pretrain.data.loader import (
+    QUARANTINED,
     SUBSTITUTES,
     Batch,
     DataConfig,
@@ -23,10 +25,12 @@ from pretrain.data.loader import (
     NoSubstitute,
     Request,
     TrainingClips,
+    clip_frames,
     collate,
     training_batches,
 )
 from pretrain.data.order import Order, evaluation_slice
+from pretrain.data.quarantine import read_quarantine
 from pretrain.data.shard_writer import PackedSample, write_shard
 from pretrain.data.shards import Sample, ShardSet
 from pretrain.data.transcode import Transcoded
@@ -179,6 +183,30 @@ def test_a_clip_shows_the_frames_that_its_configuration_names(shards):
     assert not loaded.padded
 
 
+def test_repeats_may_have_time_windows_of_their_own(shards):
+    """Whole frames, so that a clip tells which frames it shows."""
+    whole = dataclasses.replace(CLIP, crop="center", size=48)
+    config = dataclasses.replace(CONFIG, repeats=4, time_windows="own", clip=whole)
+    number = max(range(len(shards)), key=lambda number: shards.read(number).frames)
+    sample, request = shards.read(number), Request(number, 0, 5)
+    frames = torch.from_numpy(open_video(sample.video).read(np.arange(sample.frames)))[:, :, 8:56]
+    clips = TrainingClips(shards, config, 3)[request].clips
+    windows = [clip_frames(config, 3, request, repeat, sample.frames, sample.frame_rate)[0] for repeat in range(4)]
+    assert all(torch.equal(clip, frames[window]) for clip, window in zip(clips, windows, strict=True))
+    assert len({int(window[0]) for window in windows}) > 2
+    shared = TrainingClips(shards, dataclasses.replace(config, time_windows="shared"), 3)[request].clips
+    assert all(torch.equal(clip, clips[0]) for clip in shared), "the first repeat's"
+
+
+def test_a_batch_tells_what_its_loading_cost(shards):
+    started = time.perf_counter()
+    _, batch = next(read(shards))
+    costs = batch.costs
+    assert min(costs.read_s, costs.decode_s, costs.cut_s) > 0
+    assert costs.read_s + costs.decode_s + costs.cut_s < time.perf_counter() - started
+    assert (costs.cache_hits, costs.cache_misses) == (0, 0), "nothing remote was read"
+
+
 def test_samples_too_short_for_their_time_window_are_counted(shards):
     long = dataclasses.replace(CONFIG, clip=dataclasses.replace(CLIP, frames=8))
     loaded = [TrainingClips(shards, long, 3)[Request(number, 0, number)] for number in range(len(shards))]
@@ -235,6 +263,47 @@ def test_a_damaged_sample_is_replaced_and_no_other_moves(damaged, clips):
     }
     assert all("cannot open it" in one["reason"] or "is damaged" in one["reason"] for one in reports)
     assert clips_of(iter(read_batches)) == clips_of(read(shards)), "the same substitute every time"
+
+
+def quarantined(shards: ShardSet, file: Path) -> list[Batch]:
+    config = dataclasses.replace(CONFIG, quarantine=str(file))
+    config.validate()
+    requests = MicroBatches(order_of(shards), STEPS, CONFIG.micro_batch, 1, 0)
+    return list(training_batches(TrainingClips(shards, config, 3, DRAW_MASK), requests))
+
+
+def test_a_quarantined_sample_is_not_attempted_and_has_the_substitute_of_a_bad_one(damaged, packed_shards, tmp_path):
+    shards, number = damaged
+    attempted = [batch for _, batch in read(shards)]
+    reports = [report for batch in attempted for report in batch.skipped]
+    file = tmp_path / "skipped.jsonl"
+    file.write_text("".join(json.dumps({"step": 1} | report) + "\n" for report in reports))
+    for sound in (shards, ShardSet.open(packed_shards)):  # in the second nothing is bad, and nothing is tried
+        passed_over = quarantined(sound, file)
+        assert [batch.keys for batch in passed_over] == [batch.keys for batch in attempted]
+        assert all(one.clips.equal(other.clips) for one, other in zip(passed_over, attempted, strict=True))
+        said = [report for batch in passed_over for report in batch.skipped]
+        assert said == [report | {"reason": QUARANTINED, "quarantined": True} for report in reports]
+    views = EvaluationViews(ShardSet.open(packed_shards), CLIP)
+    assert views[number, True].error is None, "evaluation knows no quarantine"
+
+
+def test_a_quarantine_holds_in_the_set_it_names_or_in_all(tmp_path):
+    file = tmp_path / "list.jsonl"
+    file.write_text('{"key": "a", "set": 1, "reason": "bad"}\n\n{"key": "b"}\n')
+    found = read_quarantine(str(file))
+    assert [(number, key) in found for number in (0, 1) for key in "abc"] == [False, True, False, True, True, False]
+
+
+@pytest.mark.parametrize("content", [None, b"a-key", b'{"reason": "bad"}', b'{"key": 3}', b"[]", b"\xff"])
+def test_a_file_that_is_no_quarantine_is_refused_in_one_sentence(tmp_path, content):
+    file = tmp_path / "list.jsonl"
+    if content is not None:
+        file.write_bytes(b'{"key": "a"}\n' + content)
+    with pytest.raises(
+        Refused, match=r"data\.quarantine: (line 2 of )?\S+list\.jsonl .+; give the skipped\.jsonl of a run"
+    ):
+        dataclasses.replace(CONFIG, quarantine=str(file)).validate()
 
 
 @pytest.mark.parametrize(("decoder", "says"), [("decord", "decord cannot"), ("pyav", "PyAV cannot")])
@@ -335,7 +404,15 @@ def test_micro_batches_divide_a_rank_s_part_of_each_step(micro_batch, accumulati
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("repeats", 0), ("global_batch", 0), ("micro_batch", -1), ("lanes", 0), ("workers", -1), ("max_bad_share", 1.5)],
+    [
+        ("repeats", 0),
+        ("global_batch", 0),
+        ("micro_batch", -1),
+        ("lanes", 0),
+        ("workers", -1),
+        ("max_bad_share", 1.5),
+        ("decode_limit_s", -1.0),
+    ],
 )
 def test_numbers_that_cannot_be_are_refused_by_their_field(field, value):
     CONFIG.validate()

@@ -65,9 +65,11 @@ def yielded(
         yield attempt[number // accumulation] + 1, asked, batch
 
 
-@pytest.mark.parametrize(("world", "workers", "first_step"), [(1, 2, 1), (3, 0, 0)])
-def test_the_list_tells_what_the_loader_yields(shards, frames_of, world, workers, first_step):
-    config = dataclasses.replace(CONFIG, workers=workers)
+@pytest.mark.parametrize(
+    ("world", "workers", "first_step", "time_windows"), [(1, 2, 1, "shared"), (3, 0, 0, "shared"), (1, 0, 0, "own")]
+)
+def test_the_list_tells_what_the_loader_yields(shards, frames_of, world, workers, first_step, time_windows):
+    config = dataclasses.replace(CONFIG, workers=workers, time_windows=time_windows)
     order = order_of(shards, config)
     steps = range(first_step + 1, 5)
     listed = iter(list(reading_list(shards, config, order, steps, world, resumed_at=first_step)))

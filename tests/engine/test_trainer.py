@@ -1,5 +1,6 @@
 """Rules that stop a run: a loss or weights that are not finite, too many samples that cannot be decoded."""
 
+import dataclasses
 import itertools
 import json
 import re
@@ -11,7 +12,7 @@ import torch
 
 from launch.cli import main
 from pretrain.commandline import find_recipe
-from pretrain.data.loader import Batch, MicroBatches
+from pretrain.data.loader import Batch, Costs, MicroBatches
 from pretrain.data.order import Order
 from pretrain.data.shards import ShardSet
 from pretrain.engine.checkpoint import Checkpoints, engine_kind, find_checkpoint
@@ -157,6 +158,23 @@ def test_a_disk_that_is_full_for_the_record_ends_the_run_before_the_next_checkpo
         with pytest.raises((DiskFull, OSError), match=r"[Nn]o space left"):
             trainer.train(batches([{"key": "a", "reason": "bad"}]), "test")
     assert find_checkpoint(tmp_path / "checkpoints", "auto") is None
+
+
+def test_metrics_tell_what_starves_the_model_and_quarantined_samples_do_not_count_as_bad(tmp_path):
+    skipped = [{"key": "a", "reason": "in quarantine", "quarantined": True}] * 30 + [{"key": "b", "reason": "bad"}]
+    costs = Costs(read_s=1.0, decode_s=2.0, cut_s=1.0, cache_hits=3, cache_misses=1)
+    with Processes() as processes:
+        trainer = trainer_of(tmp_path, processes, lambda model, batch: model(batch.clips).sum(), checkpoint_every=3)
+        trainer.plan = dataclasses.replace(trainer.plan, max_bad_share=0.0)
+        trainer.train([batch._replace(costs=costs) for batch in batches(skipped)], "test")
+        (tmp_path / "run.lock").unlink()
+        again = trainer_of(tmp_path, processes, lambda model, batch: model(batch.clips).sum())
+    entries = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(entry["skipped"], entry["quarantined"]) for entry in entries] == [(1, 30), (2, 60), (3, 90)]
+    assert (again.samples_skipped, again.samples_quarantined) == (3, 90), "from the run's own list"
+    for entry in entries:
+        assert (entry["read_share"], entry["decode_share"], entry["cache_hit_share"]) == (0.25, 0.5, 0.75)
+        assert 0 <= entry["data_wait_share"] <= 1
 
 
 def test_samples_padded_are_counted_over_the_whole_run_whatever_is_logged_and_wherever_it_resumed(

@@ -1,0 +1,262 @@
+"""Decoders that hang, crash, leak or are left behind cost a sample at most: never the run, the order or the memory."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import psutil
+import pytest
+
+from pretrain.data.clips import ClipConfig
+from pretrain.data.decode_client import open_video_apart
+from pretrain.data.loader import DataConfig, MicroBatches, Request, TrainingClips, training_batches
+from pretrain.data.order import Order
+from pretrain.data.shards import ShardSet
+from pretrain.data.transcode import transcode
+from pretrain.data.video import open_video
+from pretrain.data.views import EvaluationViews
+from pretrain.errors import BadSample
+from tests.runs import own_environment
+from tests.videos import make_video
+
+LIMIT_S = 1.0
+CLIP = ClipConfig(frames=2, stride=1, size=16, crop="center")
+CONFIG = DataConfig(clip=CLIP, global_batch=2, micro_batch=2, lanes=1, workers=0, decode_limit_s=LIMIT_S)
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory) -> bytes:
+    """A packed video that takes a while to decode whole."""
+    source = make_video(tmp_path_factory.mktemp("video") / "video.mp4", frames=300, height=256, width=340)
+    return transcode(source).video
+
+
+def decode_children(process: int, recursive: bool = False) -> list[psutil.Process]:
+    """The decode children of a process, and of its loader workers if asked for."""
+    found = []
+    for one in psutil.Process(process).children(recursive):
+        try:
+            found += [one] * ("pretrain.data.decode_child" in one.cmdline())
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def own_child(video: bytes) -> psutil.Process:
+    """The decode child of this process, ready to decode."""
+    open_video_apart(video).read(np.arange(2))
+    (child,) = decode_children(os.getpid())
+    return child
+
+
+def child_in_use(workers: int) -> psutil.Process:
+    """The decode child of the only loader worker, or of this process where there is no worker."""
+    (child,) = (one for one in decode_children(os.getpid(), True) if (one.ppid() != os.getpid()) == bool(workers))
+    return child
+
+
+def test_frames_are_those_of_the_same_process_and_lie_in_shared_memory(video):
+    indices = np.array([3, 4, 4, 200])
+    for decoder in ("decord", "pyav"):
+        reader = open_video_apart(video, decoder)
+        frames = reader.read(indices)
+        assert np.array_equal(frames, open_video(video, decoder).read(indices))
+        assert len(reader) == 300
+        assert len(open_video_apart(video[:5000] + video[5000:], decoder)) == 300
+        assert np.array_equal(reader.read(indices[1:]), open_video(video, decoder).read(indices[1:])), "opened again"
+        assert not frames.flags.owndata
+
+
+def test_clips_and_views_are_copies_of_what_lies_in_shared_memory(packed_shards):
+    """A clip of whole frames is cut without copying, so only stacking keeps it from changing with the next video."""
+    shards = ShardSet.open(packed_shards)
+    whole = dataclasses.replace(CLIP, size=48)
+    square = dataclasses.replace(CONFIG, clip=whole)
+    cutters = TrainingClips(shards, square, 0), EvaluationViews(shards, whole, decode_limit_s=LIMIT_S)
+    for cutter, items in zip(cutters, ((Request(0, 0, 0), Request(1, 0, 1)), ((0, True), (1, True))), strict=True):
+        first = cutter[items[0]].clips
+        before = first.clone()
+        cutter[items[1]]
+        assert first.equal(before)
+
+
+def test_the_shared_memory_grows_with_the_frames_and_ends_at_a_bound(video):
+    every = open_video_apart(video).read(np.arange(300))
+    assert every.nbytes == 300 * 256 * 340 * 3
+    assert np.array_equal(open_video_apart(video).read(np.arange(2)), every[:2].copy())
+    too_many = np.repeat(np.arange(300), 60)
+    with pytest.raises(BadSample, match=r"its frames and its file take 4\.4 GiB, more than 4 GiB"):
+        open_video_apart(video).read(too_many)
+    assert len(open_video_apart(video)) == 300
+
+
+def test_a_decoder_that_hangs_is_killed_and_replaced(video):
+    child = own_child(video)
+    child.suspend()
+    started = time.monotonic()
+    with pytest.raises(BadSample, match="took longer than the 1 s that decode_limit_s allows"):
+        open_video_apart(video, limit_s=LIMIT_S).read(np.arange(2))
+    assert LIMIT_S <= time.monotonic() - started < LIMIT_S + 5
+    assert not child.is_running()
+    assert own_child(video) != child
+
+
+def test_a_decoder_that_crashes_names_its_signal_and_is_replaced(video):
+    child = own_child(video)
+
+    def crash() -> None:
+        before = child.cpu_times().user
+        while child.cpu_times().user < before + 0.05:
+            time.sleep(0.005)
+        child.send_signal(signal.SIGSEGV)
+
+    crashing = threading.Thread(target=crash)
+    crashing.start()
+    with pytest.raises(BadSample, match="its decoder was ended by SIGSEGV"):
+        open_video_apart(video).read(np.arange(300))
+    crashing.join()
+    assert own_child(video) != child
+
+
+def test_a_child_that_dies_between_two_videos_costs_neither(video):
+    child = own_child(video)
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert open_video_apart(video).read(np.arange(2)).shape == (2, 256, 340, 3)
+
+
+def test_a_limit_of_nothing_decodes_in_this_process(video):
+    before = decode_children(os.getpid())
+    for limit_s in (None, 0):
+        assert open_video_apart(video, limit_s=limit_s).read(np.arange(2)).flags.owndata
+    assert decode_children(os.getpid()) == before
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_hang_in_training_costs_one_sample_and_shifts_no_other(packed_shards, workers):
+    shards = ShardSet.open(packed_shards)
+    order = Order(shards.samples_per_shard, 0, 1, 1, 2)
+    requests = MicroBatches(order, range(40), 2, 1, 0)
+    config = dataclasses.replace(CONFIG, workers=workers)
+    batches = training_batches(TrainingClips(shards, config, seed=0), requests)
+    keys, skipped = [], []
+    for step, batch in enumerate(batches):
+        keys += batch.keys
+        skipped += batch.skipped
+        if step == 0:
+            child_in_use(workers).suspend()
+    asked = [(shards.key(request.sample), request.position, request.epoch) for batch in requests for request in batch]
+    assert len(skipped) == 1, "the worker went on with another child"
+    assert "took longer than the 1 s" in skipped[0]["reason"]
+    lost = (skipped[0]["key"], skipped[0]["position"], skipped[0]["epoch"])
+    assert [key for key, one in zip(keys, asked, strict=True) if one != lost] == [
+        one[0] for one in asked if one != lost
+    ]
+
+
+LEAK = """
+import os, sys
+import numpy as np, psutil
+from pretrain.data.decode_client import open_video_apart
+from pretrain.errors import BadSample
+
+video, broken = open(sys.argv[1], "rb").read(), open(sys.argv[2], "rb").read()
+limit_s = float(sys.argv[3])
+me = psutil.Process()
+grown, first = 0, None
+for number in range(300):
+    bad = number % 5 == 4
+    try:
+        open_video_apart(broken if bad else video, "decord", limit_s).read(np.arange(2))
+        assert not bad
+    except BadSample:
+        assert bad
+    if number >= 10 and number % 5 == 0:
+        resident = sum(one.memory_info().rss for one in [me, *me.children()])
+        first = first or resident
+        grown = max(grown, resident - first)
+print(grown)
+"""
+
+
+def test_memory_stays_flat_over_broken_files_that_decord_keeps(packed_shards, tmp_path):
+    good = ShardSet.open(packed_shards).read(0).video
+    (tmp_path / "good.mp4").write_bytes(good)
+    (tmp_path / "broken.mp4").write_bytes(good[:200] + np.random.default_rng(0).bytes(3 * 2**20))
+    grown = []
+    for limit_s in (0, 60):
+        files = [str(tmp_path / name) for name in ("good.mp4", "broken.mp4")]
+        command = [sys.executable, "-c", LEAK, *files, str(limit_s)]
+        done = subprocess.run(command, env=own_environment(), capture_output=True, text=True, check=True)
+        grown.append(int(done.stdout))
+    same_process, apart = grown
+    assert same_process > 60 * 2**20, "60 files of 3 MiB"
+    assert apart < same_process / 2, grown
+
+
+READER = """
+import sys, time
+import numpy as np
+from pretrain.data.decode_client import open_video_apart
+
+open_video_apart(open(sys.argv[1], "rb").read()).read(np.arange(2))
+print("read", flush=True)
+time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_no_child_outlives_a_process_that_is_killed_or_interrupted(video, tmp_path, how):
+    (tmp_path / "video.mp4").write_bytes(video)
+    reader = subprocess.Popen(
+        [sys.executable, "-c", READER, str(tmp_path / "video.mp4")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=own_environment(),
+        start_new_session=True,
+    )
+    assert reader.stdout.readline() == b"read\n"
+    (child,) = decode_children(reader.pid)
+    if how == signal.SIGKILL:
+        child.suspend()  # as if its decoder hung: it cannot notice by itself that its user is gone
+        reader.kill()
+    else:
+        os.killpg(reader.pid, how)  # as a terminal does
+    reader.wait(20)
+    _, alive = psutil.wait_procs([child], timeout=20)
+    assert not alive
+
+
+def test_a_killed_worker_takes_its_child_along_even_one_that_hangs(packed_shards):
+    shards = ShardSet.open(packed_shards)
+    requests = MicroBatches(Order(shards.samples_per_shard, 0, 1, 1, 2), range(1000), 2, 1, 0)
+    batches = training_batches(TrainingClips(shards, dataclasses.replace(CONFIG, workers=1), seed=0), requests)
+    next(batches)
+    child = child_in_use(workers=1)
+    child.suspend()
+    psutil.Process(child.ppid()).kill()
+    _, alive = psutil.wait_procs([child], timeout=20)
+    assert not alive
+    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+        list(batches)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_a_child_is_deaf_to_what_is_meant_for_the_run(video, name):
+    child = own_child(video)
+    child.send_signal(getattr(signal, name))
+    assert own_child(video) == child
+
+
+def test_a_child_imports_only_what_decoding_needs():
+    program = "import sys, pretrain.data.decode_child as child; child.load_decoder('auto'); print(*sys.modules)"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=own_environment(), capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "decord" in loaded
+    assert not {"torch", "av", "multiprocessing", "nvidia"} & loaded
