@@ -9,7 +9,6 @@ import bisect
 import dataclasses
 import hashlib
 import itertools
-import json
 import logging
 import os
 import threading
@@ -20,7 +19,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from pretrain.data.shard_index import FORMAT_VERSION, INDEX_NAME, ShardEntry, ShardIndex
+from pretrain.data.shard_index import (
+    FORMAT_VERSION,
+    INDEX_NAME,
+    ShardEntry,
+    ShardIndex,
+    check_set_index,
+    parse_json_object,
+)
 from pretrain.errors import BadSample, Refused, TubeletError
 
 logger = logging.getLogger(__name__)
@@ -54,6 +60,10 @@ class Sample:
     metadata: dict[str, Any]
 
 
+class DamagedJson(BadSample):
+    """The JSON of a sample is as it was packed, and no JSON."""
+
+
 class ShardSet:
     """An opened shard set, whose samples are numbered through its shards in the order of `index.json`.
 
@@ -69,6 +79,7 @@ class ShardSet:
         samples_per_shard: How many samples each shard holds.
         samples: How many samples the set holds.
         fingerprint: SHA-256 of `index.json`, which holds the hashes of all else.
+        lenient: Whether a `.idx` may tell of samples what cannot be: `tubelet check` names them all.
     """
 
     def __init__(self, folder: Path, content: dict[str, Any], fingerprint: str) -> None:
@@ -82,6 +93,7 @@ class ShardSet:
         self.samples_per_shard = tuple(shard.samples for shard in self.shards)
         self.samples = sum(self.samples_per_shard)
         self.fingerprint = fingerprint
+        self.lenient = False
         self._ends = list(itertools.accumulate(self.samples_per_shard))
         self._start_empty()
 
@@ -99,18 +111,18 @@ class ShardSet:
         path = folder / INDEX_NAME
         content_bytes = _read_index_file(path)
         try:
-            content = json.loads(content_bytes)
-            version = content["format_version"]
-            if version > FORMAT_VERSION:
+            content = parse_json_object(content_bytes)
+            version = content.get("format_version")
+            if isinstance(version, int) and version > FORMAT_VERSION:
                 raise Refused(
                     f"{path}: format version {version} is newer than {FORMAT_VERSION}, the newest that this Tubelet "
                     "reads; upgrade Tubelet or pack the videos again"
                 )
-            opened = cls(folder, content, hashlib.sha256(content_bytes).hexdigest())
-        except (ValueError, KeyError, TypeError) as error:
-            raise Refused(
-                f"{path}: not a shard index ({error!r}); pack the videos again with `tubelet pack`"
-            ) from error
+            check_set_index(content)
+        except ValueError as error:
+            raise Refused(f"{path}: not a shard index ({error}); pack the videos again with `tubelet pack`") from error
+        opened = cls(folder, content, hashlib.sha256(content_bytes).hexdigest())
+        opened.lenient = not check_files
         for shard in opened.shards if check_files else ():
             _check_files(folder, shard)
         return opened
@@ -156,7 +168,7 @@ class ShardSet:
         """Reads a sample with one ranged read.
 
         Raises:
-            BadSample: The bytes are not those that were packed.
+            BadSample: The bytes are not those that were packed, or its JSON cannot be read.
             TubeletError: The shard cannot be read, not even after a while, or is shorter than its index says.
             Refused: The shard's index is missing or was changed.
         """
@@ -170,13 +182,17 @@ class ShardSet:
         key = index.keys[row]
         if zlib.crc32(stretch) != index.checksums[row]:
             raise BadSample(f"{path}: sample {key} is damaged (its checksum differs); restore the shard from a copy")
+        try:
+            metadata = parse_json_object(stretch[: index.metadata_sizes[row]] or b"{}")
+        except ValueError as error:
+            raise DamagedJson(f"{path}: sample {key} has a JSON that cannot be read ({error})") from error
         return Sample(
             key=key,
             video=stretch[video_start:],
             label=index.labels[row] if index.labels is not None else None,
             frames=index.frames[row],
             frame_rate=index.frame_rates[row],
-            metadata=json.loads(stretch[: index.metadata_sizes[row]] or b"{}"),
+            metadata=metadata,
         )
 
     def shard_index(self, shard: int) -> ShardIndex:
@@ -196,7 +212,15 @@ class ShardSet:
             raise Refused(
                 f"{path}: not the file that {INDEX_NAME} names (its hash differs); copy the whole folder again"
             )
-        return ShardIndex.from_bytes(content)
+        try:
+            index = ShardIndex.from_bytes(content)
+            index.check_against(entry)
+        except ValueError as error:
+            raise Refused(f"{path}: not the index of its shard: {error}; make the set again") from error
+        for key, reason in () if self.lenient else index.problems(len(self.classes)):
+            subject = "it" if key is None else f"sample {key}"
+            raise Refused(f"{path}: {subject} {reason}; make the set again")
+        return index
 
     def _read_stretch(self, shard: int, path: Path, start: int, length: int) -> bytes:
         file = self._files.get(shard, lambda: _OpenFile(path))
