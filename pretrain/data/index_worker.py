@@ -21,7 +21,7 @@ from pretrain.data.shard_index import key_and_suffix
 from pretrain.data.sources import VIDEO_SUFFIXES
 from pretrain.data.tar_members import tar_members
 from pretrain.data.transcode import RATE_RANGE, rounded_rate
-from pretrain.errors import BadSample, reason_of_failure
+from pretrain.errors import BadSample, printable, reason_of_failure
 from pretrain.files import sha256_of_file
 
 COMPRESSIONS = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
@@ -169,7 +169,8 @@ def _scan(file: BinaryIO, size_bytes: int, label_field: str | None) -> ScannedTa
                 found.append(_found(file, key, members, label_field))
         except BadSample as error:
             rejected[key] = str(error)
-    return ScannedTar(size_bytes, tuple(found), tuple(rejected.items()))
+    reasons = tuple((key, printable(reason)) for key, reason in rejected.items())
+    return ScannedTar(size_bytes, tuple(found), reasons)
 
 
 def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:

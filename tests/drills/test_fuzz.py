@@ -23,7 +23,7 @@ from launch.cli import main
 from pretrain.data.shard_writer import PackedSample, write_shard
 from pretrain.data.shards import ShardSet
 from pretrain.data.transcode import Transcoded
-from pretrain.errors import Refused
+from pretrain.errors import BadSample, Refused
 from tests.videos import make_video
 
 TARS = CLIPS = 100
@@ -84,7 +84,7 @@ def mutated_headers(content: bytes, draw: random.Random) -> bytes:
         elif kind == 1:  # the kind of member: links, folders, sparse files, long names, extended headers
             result[header + 156] = draw.choice(b"123456789SLKxgXN\0")
         elif kind == 2:  # the name
-            name = draw.choice((b"../../etc/x.mp4", b"\xff\xfe.mp4", b"/", b"a" * 100, b"\0" * 100, b"x.mp4"))
+            name = draw.choice((b"../../etc/x.mp4", b"\xff\xfe.mp4", b"/", b"a" * 100, b"\0" * 100, b"a\nb\xff.x\n"))
             result[header : header + len(name)] = name
         else:
             place = header + draw.randrange(512)
@@ -193,7 +193,7 @@ def write_set(folder: Path, samples: list[PackedSample]) -> None:
 
 
 def read_all(folder: Path) -> str | None:
-    """Opens and reads a set as the loader does; returns why it is refused."""
+    """Opens and reads a set as the loader does; returns why it, or a sample, is refused."""
     try:
         shards = ShardSet.open(folder)
         shards.labels()
@@ -202,7 +202,7 @@ def read_all(folder: Path) -> str | None:
             assert sample.frames / sample.frame_rate > 0
             assert sample.label in (None, *range(len(shards.classes)))
             assert sample.metadata["frames"]
-    except Refused as error:
+    except (Refused, BadSample) as error:
         return str(error)
     return None
 
