@@ -166,7 +166,7 @@ def test_other_segments_are_another_pack(videos, packed):
 
 @pytest.mark.parametrize("annotated", [False, True])
 def test_a_video_that_hangs_costs_itself_alone_also_with_segments(tmp_path, annotated):
-    """Reading a pipe that nobody writes to never returns; its length is asked for first, unless annotations give one."""
+    """Reading a pipe that nobody writes to never returns; its length is asked for before, unless annotated."""
     make_video(tmp_path / "videos/0abcdefghij.mp4", frames=48, options={"g": "12"})
     pipe = tmp_path / "videos/_dbcJuKJQNs.mp4"
     os.mkfifo(pipe)
