@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
 LARGEST = 2**53
@@ -85,12 +87,15 @@ class ShardIndex:
         if lengths != {entry.samples}:
             shown = ", ".join(map(str, sorted(lengths)))
             raise ValueError(f"its columns hold {shown} samples where {INDEX_NAME} says {entry.samples}")
-        for row, key in enumerate(self.keys):
-            start, video = self.metadata_offsets[row], self.video_offsets[row]
-            if not start <= start + self.metadata_sizes[row] <= video + self.video_sizes[row] <= entry.bytes:
-                raise ValueError(f"sample {key} lies beyond the end of its tar or overlaps itself")
-            if start > video:
-                raise ValueError(f"the JSON of sample {key} lies behind its video")
+        start, length, video, size = map(
+            np.asarray, (self.metadata_offsets, self.metadata_sizes, self.video_offsets, self.video_sizes)
+        )
+        for wrong, words in (
+            (start > video, "has its JSON behind its video"),
+            ((start + length > video + size) | (video + size > entry.bytes), "lies beyond the end of its tar"),
+        ):
+            if wrong.any():
+                raise ValueError(f"sample {self.keys[int(wrong.argmax())]} {words}")
 
     def problems(self, classes: int) -> Iterator[tuple[str | None, str]]:
         """Yields what no sample can be: the key, None where it concerns all of them, and what is wrong.
@@ -99,15 +104,15 @@ class ShardIndex:
             classes: How many classes the set has, 0 if it is unlabelled.
         """
         if (self.labels is not None) != bool(classes):
-            yield (
-                None,
-                "has labels, but the set has no classes" if self.labels else "has no labels, but the set has classes",
-            )
-        for row, key in enumerate(self.keys):
-            if self.frames[row] < 1 or not SLOWEST <= self.frame_rates[row] <= FASTEST:
-                yield key, f"has {self.frames[row]} frames at {self.frame_rates[row]} frames per second"
-            if self.labels is not None and classes and not 0 <= self.labels[row] < classes:
-                yield key, f"has label {self.labels[row]}, but the classes are 0 to {classes - 1}"
+            differs = "labels, but the set has no classes" if self.labels else "no labels, but the set has classes"
+            yield None, f"has {differs}"
+        frames, rates = np.asarray(self.frames), np.asarray(self.frame_rates)
+        wrong = (frames < 1) | ~((rates >= SLOWEST) & (rates <= FASTEST))
+        for row in np.flatnonzero(wrong).tolist():
+            yield self.keys[row], f"has {self.frames[row]} frames at {self.frame_rates[row]} frames per second"
+        if self.labels is not None and classes:
+            for row in np.flatnonzero(np.asarray(self.labels) >= classes).tolist():
+                yield self.keys[row], f"has label {self.labels[row]}, but the classes are 0 to {classes - 1}"
 
 
 MAY_BE_NONE = ("labels", "heights", "widths")
@@ -166,7 +171,13 @@ def _check_column(name: str, column: Any) -> None:
     if not set(map(type, column)) <= set(kinds):
         wrong = next(value for value in column if type(value) not in kinds)
         raise ValueError(f"{name} holds {reprlib.repr(wrong)}")
-    if name != "keys" and not all(0 <= value <= LARGEST for value in column):
+    if name == "keys" or not column:
+        return
+    if name == "frame_rates":  # of which one may be no number, so that neither least nor largest tells
+        fits = all(0 <= value <= LARGEST for value in column)
+    else:
+        fits = min(column) >= 0 and max(column) <= LARGEST
+    if not fits:
         wrong = next(value for value in column if not 0 <= value <= LARGEST)
         raise ValueError(f"{name} holds {reprlib.repr(wrong)}")
 
