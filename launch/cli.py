@@ -18,6 +18,7 @@ USAGE = """tubelet COMMAND ...
 
   pack SRC OUT        make shards from a folder of videos, of class folders or of images, or from those that --list FILE
                       or --annotations FILE of Kinetics, Something-Something v2, UCF101 or HMDB51 names
+  merge SHARDS        make one set of what `tubelet pack --part I/N` has packed on several nodes
   index TARS          make shards of WebDataset tars that others made, in place
   check SHARDS        read and decode all of a set of shards, and list what is wrong with it
   inspect SHARDS      tell what a set of shards holds, and draw a contact sheet of it
@@ -36,6 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     commands: dict[str, Callable[[list[str]], int]] = {
         "pack": _pack,
+        "merge": _merge,
         "index": _index,
         "check": _check,
         "inspect": _inspect,
@@ -82,6 +84,15 @@ def _pack(arguments: list[str]) -> int:
 
     set_up_logging()
     return run_command(lambda: pack(parse_plain(PackConfig, "pack", _named(arguments, ("source", "out")))))
+
+
+def _merge(arguments: list[str]) -> int:
+    from pretrain.commandline import parse_plain, run_command
+    from pretrain.data.pack_merge import MergeConfig, merge
+    from pretrain.engine.progress import set_up_logging
+
+    set_up_logging()
+    return run_command(lambda: merge(parse_plain(MergeConfig, "merge", _named(arguments, ("shards",)))))
 
 
 def _index(arguments: list[str]) -> int:

@@ -56,3 +56,10 @@ def reason_of_failure(error: Exception) -> str:
     if isinstance(error, MemoryError):
         return "does not fit in memory"
     return f"unexpected {type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def printable(text: str) -> str:
+    """Returns text on one line, with escapes in place of what no terminal shows, such as names of no known encoding."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)

@@ -5,9 +5,13 @@ import errno
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
+"""What file systems without hard links say to one."""
 
 
 def sha256_of_file(path: Path) -> str:
@@ -53,6 +57,25 @@ def write_text(path: Path, content: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Writes `content` as indented JSON, atomically."""
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text_once(path: Path, content: str) -> None:
+    """Writes a text file unless it is there; of several processes, on any nodes of a shared file system, one does."""
+    temporary = path.with_name(f"{path.name}.tmp-{socket.gethostname()}-{os.getpid()}")
+    try:
+        temporary.write_text(content)
+        sync_file(temporary)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return
+        except OSError as error:
+            if error.errno not in NO_HARD_LINKS:
+                raise
+            os.replace(temporary, path)
+        sync_file(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def append_json_lines(path: Path, entries: list[Any]) -> None:

@@ -1,11 +1,13 @@
 """A file is there whole or not at all; a full disk is told from other failures."""
 
 import errno
+import multiprocessing
 import os
+from pathlib import Path
 
 import pytest
 
-from pretrain.files import is_out_of_space, replacing, write_text
+from pretrain.files import is_out_of_space, replacing, write_text, write_text_once
 
 
 def test_a_write_that_fails_leaves_the_file_as_it_was_and_nothing_beside_it(tmp_path):
@@ -33,3 +35,19 @@ def test_a_full_disk_is_out_of_space():
 )
 def test_a_spent_quota_and_a_size_limit_are_out_of_space_and_other_failures_are_not(number, expected):
     assert is_out_of_space(OSError(number, "words")) == expected
+
+
+def write_number(path_and_number: tuple[Path, int]) -> None:
+    write_text_once(path_and_number[0], f"{path_and_number[1]}\n" * 1000)
+
+
+def test_of_many_that_write_a_file_once_one_does(tmp_path):
+    path = tmp_path / "once"
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        pool.map(write_number, [(path, number) for number in range(40)], chunksize=1)
+    lines = path.read_text().splitlines()
+    assert len(lines) == 1000
+    assert len(set(lines)) == 1
+    write_text_once(path, "later")
+    assert path.read_text().splitlines() == lines
+    assert [one.name for one in tmp_path.iterdir()] == ["once"], "nothing temporary is left"

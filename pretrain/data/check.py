@@ -166,38 +166,22 @@ def _problems_of_index(shards: ShardSet) -> Iterator[Problem]:
 
 def _usable_index(shards: ShardSet, number: int, report: Report) -> ShardIndex | None:
     """Returns the index of a shard, or reports why it cannot be used."""
-    entry = shards.shards[number]
     try:
-        index = shards.shard_index(number)
-        lengths = {len(column) for column in vars(index).values() if column is not None}
+        return shards.shard_index(number)
     except TubeletError as error:
         reason = str(error).partition(": ")[2].partition(";")[0]
-    except (ValueError, TypeError) as error:
-        reason = f"not the index of a shard ({error})"
-    else:
-        if lengths == {entry.samples}:
-            return index
-        reason = f"its columns hold {', '.join(map(str, sorted(lengths)))} samples where {INDEX_NAME} says "
-        reason += str(entry.samples)
-    report(Problem(entry.index_name, None, reason, COPY_AGAIN))
+    report(Problem(shards.shards[number].index_name, None, reason, COPY_AGAIN))
     return None
 
 
 def _problems_of_rows(shards: ShardSet, name: str, index: ShardIndex, seen: set[str]) -> Iterator[Problem]:
     """Yields what is wrong with an index's rows; `seen` holds the keys of the shards before."""
-    if (index.labels is not None) != shards.labelled:
-        reason = "has labels, but the set has no classes" if index.labels else "has no labels, but the set has classes"
-        yield Problem(name, None, reason, MAKE_AGAIN)
-    for row, key in enumerate(index.keys):
+    for key in index.keys:
         if key in seen:
             yield Problem(name, key, "its key stands twice in the set", MAKE_AGAIN)
         seen.add(key)
-        if index.frames[row] < 1 or not index.frame_rates[row] > 0:
-            reason = f"has {index.frames[row]} frames at {index.frame_rates[row]} frames per second"
-            yield Problem(name, key, reason, MAKE_AGAIN)
-        if index.labels is not None and shards.labelled and not 0 <= index.labels[row] < len(shards.classes):
-            reason = f"has label {index.labels[row]}, but the classes are 0 to {len(shards.classes) - 1}"
-            yield Problem(name, key, reason, MAKE_AGAIN)
+    for key_of_problem, reason in index.problems(len(shards.classes)):
+        yield Problem(name, key_of_problem, reason, MAKE_AGAIN)
 
 
 def _of_dead(task: TarTask | SampleTask) -> list[Problem]:

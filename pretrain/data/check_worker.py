@@ -11,8 +11,9 @@ from pathlib import Path
 from pretrain.data.decode_check import DecodeName, decode_video
 from pretrain.data.remote import RemoteFolder
 from pretrain.data.shard_index import INDEX_NAME, ShardEntry, ShardIndex, key_and_suffix
-from pretrain.data.shards import Sample, ShardSet
-from pretrain.errors import BadSample, TubeletError
+from pretrain.data.shards import DamagedJson, Sample, ShardSet
+from pretrain.data.tar_members import tar_members
+from pretrain.errors import BadSample, TubeletError, reason_of_failure
 
 COPY_AGAIN = "restore it from a copy, or make the set again"
 MAKE_AGAIN = "make the set again with `tubelet pack` or `tubelet index`"
@@ -64,13 +65,11 @@ class SampleTask:
 
 def check_task(task: TarTask | SampleTask) -> list[Problem]:
     """Returns what is wrong with a tar as a whole, or with a sample."""
-    if isinstance(task, TarTask):
-        return _tar_problems(task)
+    file, key = (task.entry.name, None) if isinstance(task, TarTask) else (task.file, task.key)
     try:
-        return _sample_problems(task)
+        return _tar_problems(task) if isinstance(task, TarTask) else _sample_problems(task)
     except Exception as error:
-        reason = f"unexpected {type(error).__name__}: {error}"
-        return [Problem(task.file, task.key, reason, MAKE_AGAIN)]
+        return [Problem(file, key, reason_of_failure(error), MAKE_AGAIN)]
 
 
 def _tar_problems(task: TarTask) -> list[Problem]:
@@ -103,11 +102,11 @@ def _open_tar(folder: Path | RemoteFolder, entry: ShardEntry) -> BufferedReader:
 
 
 def _members(file: BufferedReader) -> dict[tuple[int, int], str]:
-    """The keys of a tar's members by their offset and size in bytes; as many as can be found if its end is cut off."""
+    """The keys of a tar's members by their offset and size in bytes; as many as can be found if it is damaged."""
     members = {}
     file.seek(0)
-    with contextlib.suppress(tarfile.TarError), tarfile.open(fileobj=file, mode="r:") as tar:
-        for member in tar:
+    with contextlib.suppress(tarfile.TarError):
+        for member in tar_members(file):
             members[member.offset_data, member.size] = key_and_suffix(member.name)[0]
     return members
 
@@ -115,12 +114,12 @@ def _members(file: BufferedReader) -> dict[tuple[int, int], str]:
 def _sample_problems(task: SampleTask) -> list[Problem]:
     try:
         sample = _opened(task.folder).read(task.number)
+    except DamagedJson as error:
+        return [Problem(task.file, task.key, f"its JSON cannot be read ({error.__cause__})", MAKE_AGAIN)]
     except BadSample:
         return [Problem(task.file, task.key, "its checksum differs, so its bytes were changed", COPY_AGAIN)]
     except TubeletError as error:
         return [Problem(task.file, task.key, str(error).partition(": ")[2].partition(";")[0], COPY_AGAIN)]
-    except ValueError as error:
-        return [Problem(task.file, task.key, f"its JSON cannot be read ({error})", MAKE_AGAIN)]
     try:
         reasons = _differences(sample, task)
     except BadSample as error:

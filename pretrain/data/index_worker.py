@@ -19,8 +19,9 @@ import av
 from pretrain.data.decode_check import decode_video
 from pretrain.data.shard_index import key_and_suffix
 from pretrain.data.sources import VIDEO_SUFFIXES
+from pretrain.data.tar_members import tar_members
 from pretrain.data.transcode import RATE_RANGE, rounded_rate
-from pretrain.errors import BadSample, reason_of_failure
+from pretrain.errors import BadSample, printable, reason_of_failure
 from pretrain.files import sha256_of_file
 
 COMPRESSIONS = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
@@ -142,10 +143,14 @@ def read_video(task: VideoTask) -> IndexedVideo:
 
 def _scan(file: BinaryIO, size_bytes: int, label_field: str | None) -> ScannedTar:
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+    links: set[str] = set()
     rejected: dict[str, str] = {}
     try:
         for member in _members(file):
             key, suffix = key_and_suffix(member.name)
+            if not member.isfile():
+                links.add(key)
+                continue
             members = samples.setdefault(key, {})
             if suffix in members:
                 rejected[key] = f"its {suffix} stands twice in the tar"
@@ -156,6 +161,7 @@ def _scan(file: BinaryIO, size_bytes: int, label_field: str | None) -> ScannedTa
             members[suffix] = member
     except tarfile.TarError as error:
         rejected[""] = f"not a whole tar ({error}): nothing after its {len(samples)} first samples can be found"
+    rejected |= dict.fromkeys(sorted(links - samples.keys()), "is no file in the tar, but a link or a device")
     found = []
     for key, members in samples.items():
         try:
@@ -163,16 +169,15 @@ def _scan(file: BinaryIO, size_bytes: int, label_field: str | None) -> ScannedTa
                 found.append(_found(file, key, members, label_field))
         except BadSample as error:
             rejected[key] = str(error)
-    return ScannedTar(size_bytes, tuple(found), tuple(rejected.items()))
+    reasons = tuple((key, printable(reason)) for key, reason in rejected.items())
+    return ScannedTar(size_bytes, tuple(found), reasons)
 
 
 def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """Yields the files of a tar, as webdataset does: neither folders nor its own metadata nor hidden files."""
-    file.seek(0)
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        for member in tar:
-            if member.isfile() and not os.path.basename(member.name).startswith((".", "__")):
-                yield member
+    """Yields what a tar holds but for folders, and for what webdataset passes over by its name."""
+    for member in tar_members(file):
+        if not member.isdir() and not os.path.basename(member.name).startswith((".", "__")):
+            yield member
 
 
 def _found(file: BinaryIO, key: str, members: dict[str, tarfile.TarInfo], label_field: str | None) -> FoundSample:

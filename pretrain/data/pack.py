@@ -3,18 +3,20 @@
 Everything that decides the bytes of a shard is decided before the first video is decoded: which videos (`sources.py`)
 and segments of them (`pack_segments.py`), in which order (`pack_plan.py`), and which of them each shard may take. So
 neither the number of processes nor an interruption changes a shard, and a shard that is finished is never touched
-again. What a folder holds while it is being packed is in README.md.
+again. So the parts of a pack on several nodes (`--part`) write the shards that one process would; `pack_merge.py` makes
+one set of them. What a folder holds while it is being packed is in README.md.
 """
 
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pretrain.data.pack_folder import PackFolder, Rejection, ShardRecord
+from pretrain.data.pack_parts import parse_part
 from pretrain.data.pack_plan import PackPlan, PlannedShard, make_plan
-from pretrain.data.pack_report import PackSummary, show_summary
+from pretrain.data.pack_report import PackSummary, show_summary, summary_of_part, summary_of_set
 from pretrain.data.pack_segments import cut_into_segments
 from pretrain.data.pack_worker import VideoTask, transcode_task
 from pretrain.data.pool import Died, WorkerPool, refuse_pool_options
@@ -66,6 +68,9 @@ class PackConfig:
     """Processes that transcode; 0 is one per core."""
     stall_s: float = 60
     """Seconds without progress after which a video is given up."""
+    part: str | None = None
+    """I/N: pack one of N parts of the shards only, I from 0 to N - 1, beside the others on any nodes that share `out`
+    ($SLURM_ARRAY_TASK_ID/16 in a job array 0-15); `tubelet merge` makes one set of them."""
 
     def validate(self) -> None:
         """Checks each field by itself, before anything is read or written.
@@ -83,6 +88,8 @@ class PackConfig:
                 f"segment_s: {self.segment_s} does not do; use {SHORTEST_SEGMENT_S} to {LONGEST_SEGMENT_S} seconds"
             )
         refuse_pool_options(self.jobs, self.stall_s)
+        if self.part is not None:
+            parse_part(self.part)
         for name, least in (("gop", 1), ("samples_per_shard", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise Refused(f"{name}: {getattr(self, name)} does not do; use {least} or more")
@@ -103,7 +110,7 @@ class PackInterrupted(TubeletError):
 
 
 def pack(config: PackConfig) -> PackSummary:
-    """Packs videos into a shard set, or goes on with a pack that was interrupted.
+    """Packs videos into a shard set, or into a part of one, or goes on with a pack that was interrupted.
 
     Shows progress and a closing table on standard error.
 
@@ -115,6 +122,7 @@ def pack(config: PackConfig) -> PackSummary:
         TubeletError: The disk failed.
     """
     config.validate()
+    part = None if config.part is None else parse_part(config.part)
     sources = find_sources(
         config.source, config.list, config.classes, config.unlabelled, config.annotations, config.split
     )
@@ -131,33 +139,40 @@ def pack(config: PackConfig) -> PackSummary:
         segment_s=config.segment_s,
     )
     folder = PackFolder(Path(config.out))
-    finished_before = folder.check(plan)
+    summary = None
+    finished_before = folder.check(plan, part)
     if not finished_before:
-        with _telling_how_to_go_on(folder, plan), folder.locked(plan):
-            _pack_shards(folder, plan, jobs, config.stall_s)
-            folder.finish(plan)
-    shards, rejected = folder.result()
-    summary = PackSummary(
-        folder=folder.path,
-        accepted=shards.samples,
-        rejected=rejected,
-        shards=len(shards.shards),
-        size_bytes=sum(shard.bytes for shard in shards.shards),
-        classes=len(shards.classes),
-        ignored=sources.ignored,
-        finished_before=finished_before,
-    )
+        shards = plan.shards if part is None else part.share(plan.shards)
+        with telling_how_to_go_on(folder, [planned.name for planned in shards]), folder.taking(plan, part):
+            finished_before = folder.is_finished()  # by other processes, since it was checked
+            if not finished_before:
+                before = [folder.record(planned.name) for planned in shards]
+                records = _pack_shards(folder, plan, shards, before, jobs, config.stall_s)
+                if part is None:
+                    folder.finish(plan.settings)
+                else:
+                    summary = summary_of_part(folder.path, part, len(sources.classes), records, None not in before)
+    if summary is None:
+        summary = summary_of_set(folder, finished_before)
+    summary = dataclasses.replace(summary, ignored=sources.ignored)
     show_summary(summary)
     return summary
 
 
-def _pack_shards(folder: PackFolder, plan: PackPlan, jobs: int, stall_s: float) -> None:
-    """Writes the shards of the plan that are not finished, each from its own stretch of the stream of results."""
-    todo, done = [], []
-    for planned in plan.shards:
-        record = folder.record(planned)
-        todo += [planned] if record is None else []
-        done += [record] if record is not None else []
+def _pack_shards(
+    folder: PackFolder,
+    plan: PackPlan,
+    shards: Sequence[PlannedShard],
+    before: Sequence[ShardRecord | None],
+    jobs: int,
+    stall_s: float,
+) -> list[ShardRecord]:
+    """Writes the shards that have no record from `before`, each from its own stretch of the stream of results.
+
+    Returns:
+        The records of all the shards, in order.
+    """
+    todo = [planned for planned, record in zip(shards, before, strict=True) if record is None]
     settings = plan.settings
     tasks = (
         VideoTask(
@@ -171,17 +186,21 @@ def _pack_shards(folder: PackFolder, plan: PackPlan, jobs: int, stall_s: float) 
         for planned in todo
         for video in planned.videos
     )
-    videos = plan.settings["videos"]
+    videos, left = (sum(len(planned.videos) for planned in some) for some in (shards, todo))
     with TaskProgress("packing", videos) as progress, WorkerPool(transcode_task, jobs) as pool:
-        if done:
-            left = sum(len(planned.videos) for planned in todo)
-            progress.resume(videos - left, sum(len(record.rejected) for record in done))
+        if len(todo) < len(shards):
+            progress.resume(videos - left, sum(len(record.rejected) for record in before if record is not None))
         died = f"crashes its decoder, or makes no progress for {stall_s:g} s"
         results = (died if isinstance(result, Died) else result for result in pool.map(tasks))
-        for planned in todo:
-            rejected: list[Rejection] = []
-            entry = write_shard(folder.path / planned.name, _accepted(planned, results, rejected, progress))
-            folder.commit(planned, ShardRecord(entry, tuple(rejected)))
+        records = []
+        for planned, record in zip(shards, before, strict=True):
+            if record is None:
+                rejected: list[Rejection] = []
+                entry = write_shard(folder.path / planned.name, _accepted(planned, results, rejected, progress))
+                record = ShardRecord(entry, tuple(rejected))
+                folder.commit(planned.name, record)
+            records.append(record)
+        return records
 
 
 def _accepted(
@@ -201,18 +220,19 @@ def _accepted(
 
 
 @contextlib.contextmanager
-def _telling_how_to_go_on(folder: PackFolder, plan: PackPlan) -> Iterator[None]:
+def telling_how_to_go_on(folder: PackFolder, names: Sequence[str]) -> Iterator[None]:
+    """Turns an interruption, or a disk that fails, into one sentence that tells how many of the shards are kept."""
     try:
         yield
     except KeyboardInterrupt as error:
-        raise PackInterrupted(f"{folder.path}: interrupted; {_how_to_go_on(folder, plan)}") from error
+        raise PackInterrupted(f"{folder.path}: interrupted; {_how_to_go_on(folder, names)}") from error
     except OSError as error:
         if is_out_of_space(error):
             cause = f"no space left on the disk ({error.strerror}); free some"
-            raise DiskFull(f"{folder.path}: {cause}; {_how_to_go_on(folder, plan)}") from error
-        raise TubeletError(f"{folder.path}: {error.strerror or error}; {_how_to_go_on(folder, plan)}") from error
+            raise DiskFull(f"{folder.path}: {cause}; {_how_to_go_on(folder, names)}") from error
+        raise TubeletError(f"{folder.path}: {error.strerror or error}; {_how_to_go_on(folder, names)}") from error
 
 
-def _how_to_go_on(folder: PackFolder, plan: PackPlan) -> str:
-    kept = f"{folder.finished_shards()} of {len(plan.shards)} shards are finished and stay"
+def _how_to_go_on(folder: PackFolder, names: Sequence[str]) -> str:
+    kept = f"{folder.finished_shards(names)} of {len(names)} shards are finished and stay"
     return f"{kept}; run the same command again to go on"

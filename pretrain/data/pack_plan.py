@@ -65,8 +65,8 @@ def make_plan(
 
     videos = sorted(sources.videos, key=place)
     shards = tuple(
-        PlannedShard(f"shard-{number:06d}.tar", tuple(videos[start : start + samples_per_shard]))
-        for number, start in enumerate(range(0, len(videos), samples_per_shard))
+        PlannedShard(name, tuple(videos[number * samples_per_shard : (number + 1) * samples_per_shard]))
+        for number, name in enumerate(shard_names(len(videos), samples_per_shard))
     )
     settings = {
         "format_version": FORMAT_VERSION,
@@ -83,6 +83,11 @@ def make_plan(
         "videos_sha256": _hash_of_videos(sources, videos),
     }
     return PackPlan(sources, shards, settings)
+
+
+def shard_names(videos: int, samples_per_shard: int) -> list[str]:
+    """Returns the names of the shards that so many videos are dealt out to."""
+    return [f"shard-{number:06d}.tar" for number in range(-(-videos // samples_per_shard))]
 
 
 def _hash_of_videos(sources: Sources, videos: list[Source]) -> str:

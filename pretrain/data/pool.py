@@ -1,19 +1,25 @@
 """Worker processes that yield results in the order of the tasks and outlive a task that kills its worker.
 
-`concurrent.futures` gives up on every task in flight when one worker dies (a crash inside FFmpeg, the out-of-memory
-killer). Here each of those is tried once more in a process of its own, so that only the one that dies again is lost.
+`concurrent.futures` ends all workers, and gives up on every task in flight, when one worker dies (a crash inside
+FFmpeg, the out-of-memory killer). Here a worker has one task at a time, so a death costs that worker and no other: its
+task is tried once more by a new one, and only a task that kills that one too is lost.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import multiprocessing
+import pickle
 import signal
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from typing import Generic, TypeVar
+from concurrent.futures import Future, InvalidStateError, wait
+from multiprocessing import connection
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from typing import Any, Generic, TypeVar
 
 from pretrain.data.processes import become_worker, fork_server
 from pretrain.errors import Refused
@@ -44,7 +50,7 @@ class WorkerPool(Generic[Task, Result]):
     """Runs a function over tasks in worker processes; use it as a context manager.
 
     The workers come from a fork server, so they inherit neither threads nor locks of this process. They end with it,
-    whatever ends it. Ctrl-C takes effect between results, never inside the machinery that it could leave locked.
+    whatever ends it. A thread keeps them busy while this process uses the results. Ctrl-C takes effect between results.
     """
 
     def __init__(self, function: Callable[[Task], Result], workers: int) -> None:
@@ -56,24 +62,16 @@ class WorkerPool(Generic[Task, Result]):
 
     def __enter__(self) -> "WorkerPool[Task, Result]":
         """Takes over Ctrl-C, if this is the main thread, and makes the workers ready to start."""
-        self.lifeline, self.workers_end = self.context.Pipe(duplex=False)
-        self.executor = self._executor(self.workers)
         self.in_main_thread = threading.current_thread() is threading.main_thread()
         if self.in_main_thread:
             self.handler_before = signal.signal(signal.SIGINT, self._interrupt)
             fork_server()
+        self.dispatcher = _Dispatcher(self.context, self.function, self.workers)
         return self
 
-    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
-        """Ends the workers, at once if something failed, and gives Ctrl-C back."""
-        if failure is not None:
-            self.workers_end.close()
-            # A worker may die halfway through sending a result. The executor, which reads it, learns that no more will
-            # come only if this process does not hold the writing end as well.
-            self.executor._result_queue._writer.close()  # type: ignore[attr-defined]
-        self.executor.shutdown(cancel_futures=True)
-        self.workers_end.close()
-        self.lifeline.close()
+    def __exit__(self, *_: object) -> None:
+        """Ends the workers and gives Ctrl-C back."""
+        self.dispatcher.close()
         if self.in_main_thread:
             signal.signal(signal.SIGINT, self.handler_before)
 
@@ -82,46 +80,166 @@ class WorkerPool(Generic[Task, Result]):
 
         Raises:
             KeyboardInterrupt: Ctrl-C was pressed.
+            Exception: What the function raised.
         """
         tasks = iter(tasks)
-        waiting: deque[tuple[Task, Future[Result]]] = deque()
+        waiting: deque[Future[bytes | None]] = deque()
         while True:
             for task in itertools.islice(tasks, AHEAD * self.workers - len(waiting)):
-                waiting.append((task, self._submit(task)))
+                waiting.append(self.dispatcher.submit(task))
             if not waiting:
                 return
-            task, future = waiting.popleft()
-            try:
-                result: Result | Died = self._result(future)
-            except BrokenProcessPool:
-                result = self._alone(task)
-            yield result
+            yield self._result(waiting.popleft())
 
-    def _result(self, future: "Future[Result]") -> Result:
+    def _result(self, future: "Future[bytes | None]") -> Result | Died:
         while not self.interrupted:
             if wait([future], timeout=CHECK_EVERY_S).done:
-                return future.result()
+                content = future.result()
+                if content is None:
+                    return Died()
+                result, error = pickle.loads(content)
+                if error is not None:
+                    raise error
+                return result
         raise KeyboardInterrupt
-
-    def _submit(self, task: Task) -> "Future[Result]":
-        with contextlib.suppress(BrokenProcessPool):
-            return self.executor.submit(self.function, task)
-        self.executor = self._executor(self.workers)
-        return self.executor.submit(self.function, task)
-
-    def _alone(self, task: Task) -> Result | Died:
-        executor = self._executor(1)
-        try:
-            return self._result(executor.submit(self.function, task))
-        except BrokenProcessPool:
-            return Died()
-        finally:
-            executor.shutdown(wait=False)
-
-    def _executor(self, workers: int) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(
-            workers, mp_context=self.context, initializer=become_worker, initargs=(self.lifeline,)
-        )
 
     def _interrupt(self, *_: object) -> None:
         self.interrupted = True
+
+
+@dataclasses.dataclass(eq=False)
+class _Job:
+    """A task, and where its pickled result goes: None if it killed its worker twice."""
+
+    task: bytes
+    future: "Future[bytes | None]"
+    deaths: int = 0
+    alone: bool = False
+
+
+class _Worker:
+    """A worker process, this end of what connects it, and its job, if it has one."""
+
+    def __init__(self, context: ForkServerContext, function: Callable, lifeline: Connection) -> None:
+        self.connection, theirs = context.Pipe()
+        self.process: ForkServerProcess = context.Process(target=_work, args=(function, theirs, lifeline), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.job: _Job | None = None
+
+    def end(self) -> int | None:
+        """Ends the process; returns its exit code, or minus the signal that ended it."""
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+        return self.process.exitcode
+
+
+class _Dispatcher:
+    """The thread that gives jobs to idle workers, takes what they send and replaces those that die."""
+
+    def __init__(self, context: ForkServerContext, function: Callable, workers: int) -> None:
+        self.context, self.function, self.most_workers = context, function, workers
+        self.lifeline, self.workers_end = context.Pipe(duplex=False)
+        self.woken, self.wake = context.Pipe(duplex=False)
+        self.submitted: deque[_Job] = deque()
+        self.todo: deque[_Job] = deque()
+        self.workers: list[_Worker] = []
+        self.failure: BaseException | None = None
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def submit(self, task: Any) -> "Future[bytes | None]":
+        job = _Job(pickle.dumps(task), Future())
+        self.submitted.append(job)
+        self.wake.send_bytes(b"")
+        if self.failure is not None:
+            with contextlib.suppress(InvalidStateError):
+                job.future.set_exception(self.failure)
+        return job.future
+
+    def close(self) -> None:
+        self.wake.close()
+        self.workers_end.close()
+        while self.thread.is_alive():
+            for worker in list(self.workers):
+                worker.process.kill()  # or else the thread may wait for a worker to send all of a result
+            self.thread.join(CHECK_EVERY_S)
+        for worker in self.workers:
+            worker.end()
+        self.lifeline.close()
+        self.woken.close()
+
+    def _run(self) -> None:
+        try:
+            while True:
+                by_connection = {worker.connection: worker for worker in self.workers}
+                for ready in connection.wait([self.woken, *by_connection]):
+                    if ready is self.woken:
+                        self.woken.recv_bytes()
+                        self.todo.append(self.submitted.popleft())
+                    else:
+                        self._take(by_connection[ready])  # type: ignore[index]
+                self._give()
+        except EOFError:  # closed
+            return
+        except BaseException as error:  # what starts no process, for one: the user's thread raises it
+            self.failure = error
+            for job in [*self.todo, *self.submitted, *(worker.job for worker in self.workers if worker.job)]:
+                with contextlib.suppress(InvalidStateError):
+                    job.future.set_exception(error)
+
+    def _give(self) -> None:
+        """Gives out jobs, in turn, while there is an idle worker; one that is to run alone waits until all are."""
+        while self.todo:
+            running = [worker.job for worker in self.workers if worker.job is not None]
+            if len(running) == self.most_workers or (running and (self.todo[0].alone or running[0].alone)):
+                return
+            worker = next((worker for worker in self.workers if worker.job is None), None)
+            if worker is None:
+                worker = _Worker(self.context, self.function, self.lifeline)
+                self.workers.append(worker)
+            worker.job = self.todo.popleft()
+            try:
+                worker.connection.send_bytes(worker.job.task)
+            except OSError:
+                self._bury(worker)
+
+    def _take(self, worker: _Worker) -> None:
+        try:
+            content = worker.connection.recv_bytes()
+        except (EOFError, OSError):
+            self._bury(worker)
+            return
+        if worker.job is not None:
+            worker.job.future.set_result(content)
+        worker.job = None
+
+    def _bury(self, worker: _Worker) -> None:
+        self.workers.remove(worker)
+        job, exit_code = worker.job, worker.end()
+        if job is None:
+            return
+        job.deaths += 1
+        if job.deaths > 1:
+            job.future.set_result(None)
+        else:
+            # The out-of-memory killer kills, and may have meant what ran beside it.
+            job.alone = exit_code == -signal.SIGKILL
+            self.todo.appendleft(job)
+
+
+def _work(function: Callable, tasks: Connection, lifeline: Connection) -> None:
+    """What a worker does until this process goes away: each task, whose result or exception it sends."""
+    become_worker(lifeline)
+    while True:
+        try:
+            task = pickle.loads(tasks.recv_bytes())
+        except EOFError:
+            return
+        try:
+            answer = pickle.dumps((function(task), None))
+        except Exception as error:
+            error.add_note(traceback.format_exc())
+            answer = pickle.dumps((None, error))
+        tasks.send_bytes(answer)

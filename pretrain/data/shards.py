@@ -10,7 +10,6 @@ import bisect
 import dataclasses
 import hashlib
 import itertools
-import json
 import logging
 import os
 import threading
@@ -23,7 +22,14 @@ from typing import Any, Generic, TypeVar
 
 from pretrain.data.remote import RemoteFolder, folder_of
 from pretrain.data.shard_cache import CacheConfig
-from pretrain.data.shard_index import FORMAT_VERSION, INDEX_NAME, ShardEntry, ShardIndex
+from pretrain.data.shard_index import (
+    FORMAT_VERSION,
+    INDEX_NAME,
+    ShardEntry,
+    ShardIndex,
+    check_set_index,
+    parse_json_object,
+)
 from pretrain.errors import BadSample, Refused, TubeletError
 
 logger = logging.getLogger(__name__)
@@ -57,6 +63,10 @@ class Sample:
     metadata: dict[str, Any]
 
 
+class DamagedJson(BadSample):
+    """The JSON of a sample is as it was packed, and no JSON."""
+
+
 class ShardSet:
     """An opened shard set, whose samples are numbered through its shards in the order of `index.json`.
 
@@ -74,6 +84,7 @@ class ShardSet:
         fingerprint: SHA-256 of `index.json`, which holds the hashes of all else.
         cache_hits: Reads since opening in this process that found their shard in the cache; 0 for a folder.
         cache_misses: Reads since then that waited for their shard to be downloaded.
+        lenient: Whether a `.idx` may tell of samples what cannot be: `tubelet check` names them all.
     """
 
     def __init__(self, folder: Path | RemoteFolder, content: dict[str, Any], fingerprint: str) -> None:
@@ -87,6 +98,7 @@ class ShardSet:
         self.samples_per_shard = tuple(shard.samples for shard in self.shards)
         self.samples = sum(self.samples_per_shard)
         self.fingerprint = fingerprint
+        self.lenient = False
         self._ends = list(itertools.accumulate(self.samples_per_shard))
         self._start_empty()
 
@@ -113,18 +125,18 @@ class ShardSet:
         path = folder / INDEX_NAME
         content_bytes = folder.read_index() if isinstance(folder, RemoteFolder) else _read_index_file(folder)
         try:
-            content = json.loads(content_bytes)
-            version = content["format_version"]
-            if version > FORMAT_VERSION:
+            content = parse_json_object(content_bytes)
+            version = content.get("format_version")
+            if isinstance(version, int) and version > FORMAT_VERSION:
                 raise Refused(
                     f"{path}: format version {version} is newer than {FORMAT_VERSION}, the newest that this Tubelet "
                     "reads; upgrade Tubelet or pack the videos again"
                 )
-            opened = cls(folder, content, hashlib.sha256(content_bytes).hexdigest())
-        except (ValueError, KeyError, TypeError) as error:
-            raise Refused(
-                f"{path}: not a shard index ({error!r}); pack the videos again with `tubelet pack`"
-            ) from error
+            check_set_index(content)
+        except ValueError as error:
+            raise Refused(f"{path}: not a shard index ({error}); pack the videos again with `tubelet pack`") from error
+        opened = cls(folder, content, hashlib.sha256(content_bytes).hexdigest())
+        opened.lenient = not check_files
         if check_files and isinstance(folder, Path):
             for shard in opened.shards:
                 _check_files(folder, shard)
@@ -171,7 +183,7 @@ class ShardSet:
         """Reads a sample with one ranged read.
 
         Raises:
-            BadSample: The bytes are not those that were packed.
+            BadSample: The bytes are not those that were packed, or its JSON cannot be read.
             TubeletError: The shard cannot be read, not even after a while, or is shorter than its index says.
             Refused: The shard's index is missing or was changed.
         """
@@ -187,13 +199,17 @@ class ShardSet:
         key = index.keys[row]
         if zlib.crc32(stretch) != index.checksums[row]:
             raise BadSample(f"{path}: sample {key} is damaged (its checksum differs); restore the shard from a copy")
+        try:
+            metadata = parse_json_object(stretch[: index.metadata_sizes[row]] or b"{}")
+        except ValueError as error:
+            raise DamagedJson(f"{path}: sample {key} has a JSON that cannot be read ({error})") from error
         return Sample(
             key=key,
             video=stretch[video_start:],
             label=index.labels[row] if index.labels is not None else None,
             frames=index.frames[row],
             frame_rate=index.frame_rates[row],
-            metadata=json.loads(stretch[: index.metadata_sizes[row]] or b"{}"),
+            metadata=metadata,
         )
 
     def shard_index(self, shard: int) -> ShardIndex:
@@ -207,15 +223,28 @@ class ShardSet:
 
     def _load_index(self, shard: int) -> ShardIndex:
         entry = self.shards[shard]
+        path = self.folder / entry.index_name
+        content = self._read_shard_index(entry)
+        try:
+            index = ShardIndex.from_bytes(content)
+            index.check_against(entry)
+        except ValueError as error:
+            raise Refused(f"{path}: not the index of its shard: {error}; make the set again") from error
+        for key, reason in () if self.lenient else index.problems(len(self.classes)):
+            subject = "it" if key is None else f"sample {key}"
+            raise Refused(f"{path}: {subject} {reason}; make the set again")
+        return index
+
+    def _read_shard_index(self, entry: ShardEntry) -> bytes:
         if isinstance(self.folder, RemoteFolder):
-            return ShardIndex.from_bytes(self.folder.read_shard_index(entry))
+            return self.folder.read_shard_index(entry)
         path = self.folder / entry.index_name
         content = _patiently(path, lambda: _read_shard_index(path))
         if hashlib.sha256(content).hexdigest() != entry.index_sha256:
             raise Refused(
                 f"{path}: not the file that {INDEX_NAME} names (its hash differs); copy the whole folder again"
             )
-        return ShardIndex.from_bytes(content)
+        return content
 
     def _read_stretch(self, shard: int, start: int, length: int) -> bytes:
         file = self._open_shard(shard)

@@ -9,6 +9,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from pretrain.errors import printable
+
 LINE_EVERY_S = 10.0
 MAX_REASONS = 12
 
@@ -62,7 +64,7 @@ class TaskProgress:
 
     def say(self, line: str) -> None:
         """Prints a line, above the bar if there is one."""
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
 
 
 def add_reasons(table: Table, reasons: Iterable[tuple[str, str]]) -> None:
@@ -79,7 +81,7 @@ def add_reasons(table: Table, reasons: Iterable[tuple[str, str]]) -> None:
         groups.setdefault(re.sub(r"\d+(\.\d+)?", "N", reason), []).append((reason, subject))
     largest_first = sorted(groups.values(), key=len, reverse=True)
     for group in largest_first[:MAX_REASONS]:
-        table.add_row("  of these", str(len(group)), escape(f"{group[0][0]} ({group[0][1]})"))
+        table.add_row("  of these", str(len(group)), escape(printable(f"{group[0][0]} ({group[0][1]})")))
     if len(largest_first) > MAX_REASONS:
         rest = sum(len(group) for group in largest_first[MAX_REASONS:])
         table.add_row("  of these", str(rest), "other reasons")

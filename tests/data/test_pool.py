@@ -1,9 +1,15 @@
-"""What the packer's workers leave behind when packing stops halfway."""
+"""The pool of the commands that go through many videos: what a task that kills its worker costs, and what is left."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import pytest
+
+from pretrain.data.pool import Died, WorkerPool
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,3 +42,47 @@ def test_a_pool_ends_though_a_worker_dies_halfway_through_sending_a_result(tmp_p
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("ended") == 8
+
+
+def note_and_perhaps_die(task: tuple[Path, int, int | None]) -> int:
+    folder, number, deadly_signal = task
+    with open(folder / str(number), "a") as file:
+        file.write(f"{os.getpid()}\n")
+    time.sleep(0.05)
+    if deadly_signal is not None:
+        os.kill(os.getpid(), deadly_signal)
+    return number
+
+
+@pytest.mark.parametrize("deadly_signal", [signal.SIGSEGV, signal.SIGALRM, signal.SIGKILL])
+def test_a_task_that_dies_costs_its_worker_only_and_no_other_task_runs_twice(tmp_path, deadly_signal):
+    deadly = {3, 9}
+    tasks = [(tmp_path, number, deadly_signal if number in deadly else None) for number in range(20)]
+    with WorkerPool(note_and_perhaps_die, 3) as pool:
+        results = list(pool.map(tasks))
+    assert [isinstance(result, Died) for result in results] == [number in deadly for number in range(20)]
+    runs = {number: (tmp_path / str(number)).read_text().split() for number in range(20)}
+    assert {number for number, processes in runs.items() if len(processes) == 2} == deadly
+    assert {number for number, processes in runs.items() if len(processes) == 1} == set(range(20)) - deadly
+    assert len({process for processes in runs.values() for process in processes}) <= 3 + 4
+
+
+def fail(number: int) -> int:
+    raise ZeroDivisionError(f"task {number}")
+
+
+def test_what_a_task_raises_arrives_with_the_worker_s_traceback():
+    with WorkerPool(fail, 1) as pool, pytest.raises(ZeroDivisionError, match="task 0") as caught:
+        list(pool.map(range(3)))
+    assert "in fail" in caught.value.__notes__[0]
+
+
+def test_workers_go_on_while_a_result_is_used(tmp_path):
+    with WorkerPool(note_and_perhaps_die, 1) as pool:
+        results = pool.map((tmp_path, number, None) for number in range(4))
+        next(results)
+        end_s = time.monotonic() + 20
+        while len(list(tmp_path.iterdir())) < 4 and time.monotonic() < end_s:
+            time.sleep(0.01)
+        assert len(list(tmp_path.iterdir())) == 4
+        assert list(results) == [1, 2, 3]

@@ -1,8 +1,11 @@
 """Segments: what is cut out of a video is what was on screen then, and long videos become consecutive samples."""
 
+import dataclasses
 import io
 import itertools
 import json
+import os
+import threading
 from pathlib import Path
 
 import av
@@ -159,3 +162,23 @@ def test_a_second_run_and_an_interrupted_one_give_the_same_bytes(videos, packed,
 def test_other_segments_are_another_pack(videos, packed):
     with pytest.raises(Refused, match=r"packed with segment_s 2, now None"):
         pack(PackConfig(source=str(videos), out=str(packed), samples_per_shard=2))
+
+
+@pytest.mark.parametrize("annotated", [False, True])
+def test_a_video_that_hangs_costs_itself_alone_also_with_segments(tmp_path, annotated):
+    """Reading a pipe that nobody writes to never returns; its length is asked for before, unless annotated."""
+    make_video(tmp_path / "videos/0abcdefghij.mp4", frames=48, options={"g": "12"})
+    pipe = tmp_path / "videos/_dbcJuKJQNs.mp4"
+    os.mkfifo(pipe)
+    end = threading.Timer(60, lambda: os.close(os.open(pipe, os.O_RDWR)))  # lets this test fail instead of hanging
+    end.start()
+    lines = ("label,youtube_id,time_start,time_end,split,is_cc", "a,0abcdefghij,0,4,val,0", "b,_dbcJuKJQNs,4,6,val,0")
+    (tmp_path / "val.csv").write_text("\n".join(lines))
+    given = {"annotations": str(tmp_path / "val.csv")} if annotated else {}
+    pack_config = config(tmp_path / "videos", tmp_path / "out")
+    summary = pack(dataclasses.replace(pack_config, stall_s=0.5, **given))
+    end.cancel()
+    died = "crashes its decoder, or makes no progress for 0.5 s"
+    reason = f"{died} (segment 4 to 6 s)" if annotated else died
+    assert [(rejection.source, rejection.reason) for rejection in summary.rejected] == [(pipe.name, reason)]
+    assert summary.accepted == 2, "the segments of the other"

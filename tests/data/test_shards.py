@@ -119,6 +119,12 @@ def edit_index(folder: Path, **changes) -> None:
     (folder / "index.json").write_text(json.dumps({**content, **changes}))
 
 
+def edit_entry(folder: Path, **changes) -> None:
+    content = json.loads((folder / "index.json").read_text())
+    content["shards"][1] |= changes
+    (folder / "index.json").write_text(json.dumps(content))
+
+
 def lengthen(path: Path) -> None:
     path.write_bytes(path.read_bytes() + b"more")
 
@@ -131,6 +137,21 @@ def lengthen(path: Path) -> None:
         (lambda folder: (folder / "index.json").write_text("[]"), r"index\.json: not a shard index"),
         (lambda folder: edit_index(folder, shards=[{"name": "a.tar"}]), r"index\.json: not a shard index"),
         (lambda folder: edit_index(folder, format_version=2), "format version 2 is newer than 1"),
+        (lambda folder: (folder / "index.json").write_text("[" * 99_999), "its lists lie too deep in each other"),
+        (lambda folder: edit_index(folder, format_version="1"), "format_version is '1', not a format version"),
+        (lambda folder: edit_index(folder, classes=[1]), r"classes is \[1\], not a list of names"),
+        (lambda folder: edit_index(folder, frame_rate=float("nan")), "frame_rate is nan, not frames per second"),
+        (lambda folder: edit_index(folder, short_side=10**30), "short_side is 10+, not a number of pixels"),
+        (lambda folder: edit_index(folder, shards=[]), r"shards is \[\], not a list of shards"),
+        (lambda folder: edit_index(folder, shards=[3]), r"shards\[0\] is 3, not an object"),
+        (lambda folder: edit_entry(folder, name="../a.tar"), r"shards\[1\]\.name is '\.\./a\.tar', not the name of a"),
+        (lambda folder: edit_entry(folder, name="a\0.tar"), r"shards\[1\]\.name is .*, not the name of a file"),
+        (lambda folder: edit_entry(folder, name="a" * 300), r"shards\[1\]\.name is .*, not the name of a file"),
+        (lambda folder: edit_entry(folder, bytes=-1), r"shards\[1\]\.bytes is -1, not a number of bytes"),
+        (lambda folder: edit_entry(folder, samples=True), r"shards\[1\]\.samples is True, not a number of samples"),
+        (lambda folder: edit_entry(folder, samples=10**9), r"shards\[1\]\.samples is 1000000000, too many for its"),
+        (lambda folder: edit_entry(folder, sha256="abc"), r"shards\[1\]\.sha256 is 'abc', not a SHA-256"),
+        (lambda folder: edit_entry(folder, more=1), r"shards\[1\] holds an unknown field 'more'"),
         (lambda folder: (folder / "shard-000001.tar").unlink(), r"shard-000001\.tar: missing"),
         (lambda folder: (folder / "shard-000001.idx").unlink(), r"shard-000001\.idx: missing"),
         (lambda folder: lengthen(folder / "shard-000002.tar"), r"shard-000002\.tar: \d+ bytes, but index\.json says"),
@@ -154,6 +175,51 @@ def test_a_changed_shard_index_is_refused_when_it_is_needed(folder):
     assert shards.read(0).key == "key-0"
     with pytest.raises(Refused, match=r"shard-000001\.idx: not the file"):
         shards.read(4)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "words"),
+    [
+        ("keys", [1, 2, 3], "keys holds 1"),
+        ("labels", [0, 4, 1], "sample key-4 has label 4, but the classes are 0 to 3"),
+        ("labels", None, "it has no labels, but the set has classes"),
+        ("frames", [0, 1, 1], "sample key-3 has 0 frames at 12.5 frames per second"),
+        ("frames", [1, 1], "its columns hold 2, 3 samples where index.json says 3"),
+        ("frames", "three", "frames is 'three', not a list"),
+        ("frame_rates", [12.5, float("nan"), 1], "frame_rates holds nan"),
+        ("frame_rates", [12.5, 1e300, 1], "frame_rates holds 1e+300"),
+        ("frame_rates", [12.5, 1e-300, 1], "sample key-4 has 14 frames at 1e-300 frames per second"),
+        ("video_offsets", [-1, 0, 0], "video_offsets holds -1"),
+        ("video_sizes", [10**9, 10, 10], "sample key-3 lies beyond the end of its tar"),
+        ("metadata_offsets", [512, 10**6, 10**6], "sample key-4 has its JSON behind its video"),
+        ("frame_rates", [float("nan"), 10**400, 1], "frame_rates holds nan"),
+        ("frames", [1, 10**17, 1], "frames holds 100000000000000000"),
+        ("checksums", [1.5, 2, 3], "checksums holds 1.5"),
+        ("others", [1, 2, 3], "'others' is no column of it"),
+    ],
+)
+def test_a_shard_index_of_impossible_values_is_refused_though_its_hash_fits(folder, column, value, words):
+    path = folder / "shard-000001.idx"
+    path.write_text(json.dumps({**json.loads(path.read_text()), column: value}))
+    edit_entry(folder, index_sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    shards = ShardSet.open(folder)
+    assert shards.read(0).key == "key-0"
+    with pytest.raises(Refused) as caught:
+        shards.read(4)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert str(caught.value).endswith(f"{words}; make the set again")
+
+
+def test_a_sample_whose_json_cannot_be_read_is_bad_and_no_other(folder):
+    path = folder / "shard-000001.idx"
+    index = json.loads(path.read_text())
+    index["metadata_sizes"][1] -= 1
+    path.write_text(json.dumps(index))
+    edit_entry(folder, index_sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    shards = ShardSet.open(folder)
+    with pytest.raises(BadSample, match=r"shard-000001\.tar: sample key-4 has a JSON that cannot be read \(no JSON: "):
+        shards.read(4)
+    assert [shards.read(number).key for number in (3, 5)] == ["key-3", "key-5"]
 
 
 def test_a_flipped_byte_makes_its_own_sample_bad_and_no_other(folder):

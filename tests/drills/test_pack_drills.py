@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.data.pack_merge import MergeConfig, merge
 from pretrain.data.pool import Died, WorkerPool
+from pretrain.errors import Refused
 from tests.videos import make_video
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +26,8 @@ if __name__ == "__main__":
     if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     try:
-        pack(PackConfig(source=sys.argv[1], out=sys.argv[2], samples_per_shard=3, jobs=1))
+        part = sys.argv[4] if len(sys.argv) > 4 else None
+        pack(PackConfig(source=sys.argv[1], out=sys.argv[2], samples_per_shard=3, jobs=1, part=part))
     except TubeletError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -60,8 +63,8 @@ def run(command: list[str], videos: Path, out: Path, limit_bytes: int = 0) -> su
     return subprocess.run(arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
 
 
-def start(command: list[str], videos: Path, out: Path) -> subprocess.Popen[str]:
-    arguments = [*command, str(videos), str(out), "0"]
+def start(command: list[str], videos: Path, out: Path, *part: str) -> subprocess.Popen[str]:
+    arguments = [*command, str(videos), str(out), "0", *part]
     return subprocess.Popen(arguments, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True, process_group=0)
 
 
@@ -74,7 +77,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def wait_for_shards(out: Path, shards: int, process: subprocess.Popen[str]) -> None:
-    while len(list(out.glob(".packing/*.json"))) < shards:
+    while len(list(out.glob(".packing/*.tar.json"))) < shards:
         assert process.poll() is None, "it ended before it could be stopped"
         time.sleep(0.002)
 
@@ -88,25 +91,33 @@ def descendants_of(process: int) -> list[int]:
     return [found for child in children_of(process) for found in (child, *descendants_of(child))]
 
 
-@pytest.mark.parametrize("shards", [0, 2])
-def test_a_kill_at_any_shard_and_a_restart_give_the_same_bytes(videos, command, uninterrupted, tmp_path, shards):
+def test_three_kills_and_a_last_start_give_the_bytes_of_an_uninterrupted_pack(videos, command, uninterrupted, tmp_path):
     out = tmp_path / "shards"
-    process = start(command, videos, out)
-    wait_for_shards(out, shards, process)
-    family = descendants_of(process.pid)
-    process.kill()
-    process.wait()
-    process.stderr.close()
-    assert not (out / "index.json").exists()
+    for shards in (0, 2, 4):
+        process = start(command, videos, out)
+        wait_for_shards(out, shards, process)
+        family = descendants_of(process.pid)
+        process.kill()
+        process.wait()
+        process.stderr.close()
+        assert not (out / "index.json").exists()
+        assert all_end(family), "workers outlive no one"
     finished = {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*.idx")}
     again = run(command, videos, out)
     assert again.returncode == 0, again.stderr
     assert content(out) == uninterrupted
-    if shards:
-        assert "going on after" in again.stderr
-        kept = [name for name, written in finished.items() if (out / name).stat().st_mtime_ns == written]
-        assert len(kept) >= shards, "a finished shard is not written again"
-    assert not [pid for pid in family if Path(f"/proc/{pid}").exists() and not is_zombie(pid)], "workers outlive no one"
+    assert "going on after 12 of 15 videos" in again.stderr
+    kept = [name for name, written in finished.items() if (out / name).stat().st_mtime_ns == written]
+    assert len(kept) >= 4, "a finished shard is not written again"
+
+
+def all_end(processes: list[int], within_s: float = 10) -> bool:
+    end_s = time.monotonic() + within_s
+    while any(Path(f"/proc/{pid}").exists() and not is_zombie(pid) for pid in processes):
+        if time.monotonic() > end_s:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 def is_zombie(pid: int) -> bool:
@@ -132,6 +143,34 @@ def test_a_second_pack_is_refused_and_an_interrupted_one_goes_on(videos, command
     assert "run the same command again to go on" in line
     assert "Traceback" not in errors
     assert run(command, videos, out).returncode == 0
+    assert content(out) == uninterrupted
+
+
+def test_parts_at_the_same_time_survive_a_kill_and_make_the_set_of_one_process(
+    videos, command, uninterrupted, tmp_path
+):
+    out = tmp_path / "shards"
+    killed = start(command, videos, out, "0/2")
+    wait_for_shards(out, 1, killed)
+    killed.send_signal(signal.SIGSTOP)
+    for part, words in (
+        ("0/2", "of part 0/2, or of all parts, is writing there"),
+        ("0/3", "in 2 parts, now in 3 parts"),
+    ):
+        second = start(command, videos, out, part)
+        assert words in second.communicate(timeout=60)[1]
+        assert second.returncode == 2
+    beside = start(command, videos, out, "1/2")
+    with pytest.raises(Refused, match=r"of 2 parts, 0(-1)? (is|are) not finished"):
+        merge(MergeConfig(str(out)))
+    killed.kill()
+    killed.communicate()
+    again = start(command, videos, out, "0/2")
+    for process in (again, beside):
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+    assert not (out / "index.json").exists()
+    merge(MergeConfig(str(out)))
     assert content(out) == uninterrupted
 
 
