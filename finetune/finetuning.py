@@ -24,8 +24,9 @@ from finetune.evaluate import (
     evaluation_sections,
 )
 from pretrain.data.clips import ClipConfig
-from pretrain.data.loader import Batch, TrainingClips
+from pretrain.data.loader import Batch
 from pretrain.data.shards import ShardSet
+from pretrain.data.training_clips import TrainingClips
 from pretrain.engine.run import Run
 from pretrain.engine.tracking import METRICS, read_metrics
 from pretrain.engine.trainer import Objective

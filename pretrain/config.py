@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from pretrain.data.loader import DataConfig
+from pretrain.data.config import DataConfig
 from pretrain.data.order import nearest_divisor, nearest_multiple
 from pretrain.engine.checkpoint import CheckpointConfig
 from pretrain.engine.distributed import Precision

@@ -11,10 +11,11 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from pretrain.config import PretrainConfig
-from pretrain.data.loader import Batch, TrainingClips
+from pretrain.data.loader import Batch
 from pretrain.data.order import evaluation_slice
 from pretrain.data.randomness import sample_key
 from pretrain.data.shards import ShardSet
+from pretrain.data.training_clips import TrainingClips
 from pretrain.data.views import EvaluationViews, evaluation_batches
 from pretrain.engine.distributed import Processes
 from pretrain.engine.run import Run

@@ -13,11 +13,13 @@ from pretrain.commandline import find_recipe, met_by_every_rank, to_dict, to_yam
 from pretrain.config import RunConfig
 from pretrain.data.balanced import BalancedOrder, SampleOrder
 from pretrain.data.clips import ClipConfig
-from pretrain.data.loader import DataConfig, MicroBatches, TrainingClips, training_batches
+from pretrain.data.config import DataConfig
+from pretrain.data.loader import MicroBatches, training_batches
 from pretrain.data.order import Mixture, Order, lanes_of_sets, nearest_divisor
 from pretrain.data.randomness import seed_of_set
 from pretrain.data.shard_cache import CacheConfig
 from pretrain.data.shards import ShardSet
+from pretrain.data.training_clips import TrainingClips
 from pretrain.engine.distributed import Processes, launched_world
 from pretrain.engine.optimizer import build_optimizer, build_schedule
 from pretrain.engine.progress import set_up_logging

@@ -74,7 +74,7 @@ def test_the_arrows_are_read_from_the_files():
     """The test above would pass on files that it cannot read."""
     assert {room_of(module_name(path)) for path in MODULES} == set(MAY_IMPORT)
     seen = set(imported_by(ROOT / "pretrain/data/loader.py"))
-    assert {"pretrain.data.balanced.SampleOrder", "pretrain.errors.BadSample", "torch"} <= seen
+    assert {"pretrain.data.balanced.SampleOrder", "pretrain.errors.TubeletError", "torch"} <= seen
     assert room_of("pretrain.data.order.Order") == "pretrain.data"
     assert room_of("pretrain.data") == "pretrain.data"
     assert room_of("pretrain.config.RunConfig") == "pretrain"

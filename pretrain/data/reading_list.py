@@ -8,8 +8,10 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from pretrain.data.balanced import SampleOrder
-from pretrain.data.loader import DataConfig, MicroBatches, Request, clip_frames, clip_key
+from pretrain.data.config import DataConfig
+from pretrain.data.loader import MicroBatches
 from pretrain.data.shards import ShardSet
+from pretrain.data.training_clips import Request, clip_frames, clip_key
 
 
 class Reading(NamedTuple):

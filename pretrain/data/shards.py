@@ -10,16 +10,15 @@ import bisect
 import dataclasses
 import hashlib
 import itertools
-import logging
 import os
 import threading
-import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from pretrain.data.local_files import check_files_of, patiently, read_index_file, read_shard_index
 from pretrain.data.remote import RemoteFolder, folder_of
 from pretrain.data.shard_cache import CacheConfig
 from pretrain.data.shard_index import (
@@ -32,13 +31,8 @@ from pretrain.data.shard_index import (
 )
 from pretrain.errors import BadSample, Refused, TubeletError
 
-logger = logging.getLogger(__name__)
-
 MAX_OPEN_FILES = 64
 MAX_LOADED_INDEXES = 1024
-RETRY_AFTER_S = (0.5, 2.0, 8.0)
-"""Pauses before the further tries of a read that failed: a network file system may be away for a moment."""
-
 Value = TypeVar("Value")
 
 
@@ -123,7 +117,7 @@ class ShardSet:
         """
         folder = folder_of(folder, cache)
         path = folder / INDEX_NAME
-        content_bytes = folder.read_index() if isinstance(folder, RemoteFolder) else _read_index_file(folder)
+        content_bytes = folder.read_index() if isinstance(folder, RemoteFolder) else read_index_file(folder)
         try:
             content = parse_json_object(content_bytes)
             version = content.get("format_version")
@@ -139,7 +133,7 @@ class ShardSet:
         opened.lenient = not check_files
         if check_files and isinstance(folder, Path):
             for shard in opened.shards:
-                _check_files(folder, shard)
+                check_files_of(folder, shard)
         return opened
 
     @property
@@ -193,7 +187,7 @@ class ShardSet:
         video_start = index.video_offsets[row] - start
         length = video_start + index.video_sizes[row]
         path = self.folder / self.shards[shard].name
-        stretch = _patiently(path, lambda: self._read_stretch(shard, start, length))
+        stretch = patiently(path, lambda: self._read_stretch(shard, start, length))
         if zlib.crc32(stretch) != index.checksums[row] and self._mended(shard):
             stretch = self._read_stretch(shard, start, length)
         key = index.keys[row]
@@ -238,13 +232,7 @@ class ShardSet:
     def _read_shard_index(self, entry: ShardEntry) -> bytes:
         if isinstance(self.folder, RemoteFolder):
             return self.folder.read_shard_index(entry)
-        path = self.folder / entry.index_name
-        content = _patiently(path, lambda: _read_shard_index(path))
-        if hashlib.sha256(content).hexdigest() != entry.index_sha256:
-            raise Refused(
-                f"{path}: not the file that {INDEX_NAME} names (its hash differs); copy the whole folder again"
-            )
-        return content
+        return read_shard_index(self.folder, entry)
 
     def _read_stretch(self, shard: int, start: int, length: int) -> bytes:
         file = self._open_shard(shard)
@@ -292,60 +280,6 @@ class ShardSet:
         """Starts with no file open."""
         vars(self).update(state)
         self._start_empty()
-
-
-def _read_index_file(folder: Path) -> bytes:
-    path = folder / INDEX_NAME
-    try:
-        return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError) as error:
-        if not folder.is_dir():
-            raise Refused(f"{folder}: no such folder; make it with `tubelet pack VIDEOS {folder}`") from error
-        remedy = (
-            "pack the videos with `tubelet pack VIDEOS SHARDS`, run an interrupted `tubelet pack` again to finish, or "
-            "index tars that others made with `tubelet index TARS --out SHARDS`"
-        )
-        raise Refused(f"{folder}: holds no {INDEX_NAME}, so it is not a finished shard set; {remedy}") from error
-    except OSError as error:
-        raise Refused(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
-
-
-def _read_shard_index(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise Refused(f"{path}: missing; copy the whole folder again or repack it") from error
-
-
-def _patiently(path: Path | str, read: Callable[[], Value]) -> Value:
-    """Returns what `read` reads of a file, with further tries after pauses if the disk or the network fails."""
-    pauses_s = iter(RETRY_AFTER_S)
-    while True:
-        try:
-            return read()
-        except OSError as error:
-            pause_s = next(pauses_s, None)
-            if pause_s is None:
-                raise TubeletError(
-                    f"{path}: cannot be read ({error.strerror}), not even after {sum(RETRY_AFTER_S):g} s; check the "
-                    "disk or network that holds it, then start again"
-                ) from error
-            logger.warning("%s: cannot be read (%s); trying again in %g s", path, error.strerror, pause_s)
-            time.sleep(pause_s)
-
-
-def _check_files(folder: Path, shard: ShardEntry) -> None:
-    for name in (shard.name, shard.index_name):
-        if not (folder / name).is_file():
-            raise Refused(
-                f"{folder / name}: missing, though {INDEX_NAME} names it; copy the whole folder again or repack"
-            )
-    size_bytes = (folder / shard.name).stat().st_size
-    if size_bytes != shard.bytes:
-        raise Refused(
-            f"{folder / shard.name}: {size_bytes} bytes, but {INDEX_NAME} says {shard.bytes}; "
-            "copy the whole folder again or repack"
-        )
 
 
 class _OpenFile:

@@ -30,9 +30,11 @@ import webdataset
 from PIL import Image
 
 from pretrain.data.clips import MULTI_SCALES, ClipConfig, cut, training_box
-from pretrain.data.loader import DataConfig, Request, TrainingClips, clip_frames, clip_key, collate
+from pretrain.data.config import DataConfig
+from pretrain.data.loader import collate
 from pretrain.data.pack import PackConfig, pack
 from pretrain.data.shards import ShardSet
+from pretrain.data.training_clips import Request, TrainingClips, clip_frames, clip_key
 from pretrain.data.video import DecoderName, open_video
 from tests.benchmarks.raw_clips import make_raw_clip
 

@@ -26,12 +26,14 @@ import torch
 
 from pretrain.data import loader
 from pretrain.data.clips import ClipConfig, cut, frame_indices, training_box
-from pretrain.data.loader import DataConfig, MicroBatches, TrainingClips, training_batches
+from pretrain.data.config import DataConfig
+from pretrain.data.loader import MicroBatches, training_batches
 from pretrain.data.mp4_encoder import CRF, PRESET
 from pretrain.data.order import Order
 from pretrain.data.pack import PackConfig, pack
 from pretrain.data.randomness import key_for
 from pretrain.data.shards import ShardSet
+from pretrain.data.training_clips import TrainingClips
 from pretrain.data.transcode import fitted_size
 from pretrain.data.video import open_video
 from tests.benchmarks.raw_clips import FRAME_RATE, make_raw_clip

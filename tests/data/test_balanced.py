@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pretrain.data.balanced import BalancedOrder
 from pretrain.data.clips import ClipConfig
-from pretrain.data.loader import DataConfig
+from pretrain.data.config import DataConfig
 from pretrain.data.order import Order
 from pretrain.data.reading_list import reading_list
 from pretrain.data.shards import ShardSet

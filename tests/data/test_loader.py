@@ -16,23 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.data.clips import ClipConfig, frame_indices
-from pretrain.data.loader import (
-    QUARANTINED,
-    SUBSTITUTES,
-    Batch,
-    DataConfig,
-    MicroBatches,
-    NoSubstitute,
-    Request,
-    TrainingClips,
-    clip_frames,
-    collate,
-    training_batches,
-)
+from pretrain.data.config import DataConfig
+from pretrain.data.loader import Batch, MicroBatches, NoSubstitute, collate, training_batches
 from pretrain.data.order import Order, evaluation_slice
 from pretrain.data.quarantine import read_quarantine
 from pretrain.data.shard_writer import PackedSample, write_shard
 from pretrain.data.shards import Sample, ShardSet
+from pretrain.data.training_clips import QUARANTINED, SUBSTITUTES, Request, TrainingClips, clip_frames
 from pretrain.data.transcode import Transcoded
 from pretrain.data.video import open_video
 from pretrain.data.views import EvaluationViews, evaluation_batches, views_of

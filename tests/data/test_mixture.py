@@ -10,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.data.clips import ClipConfig
-from pretrain.data.loader import DataConfig, MicroBatches, Request, TrainingClips, training_batches
+from pretrain.data.config import DataConfig
+from pretrain.data.loader import MicroBatches, training_batches
 from pretrain.data.order import Mixture, Order, lanes_of_sets
 from pretrain.data.randomness import seed_of_set
 from pretrain.data.reading_list import reading_list
 from pretrain.data.shards import ShardSet
+from pretrain.data.training_clips import Request, TrainingClips
 from pretrain.errors import Refused
 from tests.data.test_loader import DRAW_MASK, rebuilt
 

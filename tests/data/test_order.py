@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.data.clips import ClipConfig
-from pretrain.data.loader import DataConfig
+from pretrain.data.config import DataConfig
 from pretrain.data.order import Order, evaluation_slice, nearest_divisor, nearest_multiple
 from pretrain.data.randomness import key_for, permutation
 from pretrain.data.reading_list import Reading, reading_list

@@ -7,11 +7,13 @@ import pytest
 
 from pretrain.data import prefetch, remote
 from pretrain.data.clips import ClipConfig
-from pretrain.data.loader import DataConfig, MicroBatches, TrainingClips, training_batches
+from pretrain.data.config import DataConfig
+from pretrain.data.loader import MicroBatches, training_batches
 from pretrain.data.order import Order
 from pretrain.data.prefetch import LookAhead, Prefetcher
 from pretrain.data.shard_cache import CacheConfig
 from pretrain.data.shards import ShardSet
+from pretrain.data.training_clips import TrainingClips
 from pretrain.errors import TubeletError
 from tests import shard_server as tricks
 from tests.shard_server import serving

@@ -10,10 +10,12 @@ import torch
 from torch.utils.data import get_worker_info
 
 from pretrain.data.clips import ClipConfig
-from pretrain.data.loader import Batch, DataConfig, MicroBatches, Request, TrainingClips, training_batches
+from pretrain.data.config import DataConfig
+from pretrain.data.loader import Batch, MicroBatches, training_batches
 from pretrain.data.order import Order
 from pretrain.data.reading_list import reading_list
 from pretrain.data.shards import ShardSet
+from pretrain.data.training_clips import Request, TrainingClips
 from pretrain.data.video import open_video
 from pretrain.errors import Refused
 from pretrain.model.masking import MaskConfig, draw_mask

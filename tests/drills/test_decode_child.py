@@ -13,10 +13,12 @@ import psutil
 import pytest
 
 from pretrain.data.clips import ClipConfig
+from pretrain.data.config import DataConfig
 from pretrain.data.decode_client import open_video_apart
-from pretrain.data.loader import DataConfig, MicroBatches, Request, TrainingClips, training_batches
+from pretrain.data.loader import MicroBatches, training_batches
 from pretrain.data.order import Order
 from pretrain.data.shards import ShardSet
+from pretrain.data.training_clips import Request, TrainingClips
 from pretrain.data.transcode import transcode
 from pretrain.data.video import open_video
 from pretrain.data.views import EvaluationViews

@@ -11,7 +11,9 @@ from tests.runs import ROOT
 TRAINER = """
 import sys, time
 from pretrain.data.clips import ClipConfig
-from pretrain.data.loader import DataConfig, MicroBatches, TrainingClips, training_batches
+from pretrain.data.config import DataConfig
+from pretrain.data.loader import MicroBatches, training_batches
+from pretrain.data.training_clips import TrainingClips
 from pretrain.data.order import Order
 from pretrain.data.shards import ShardSet
 

@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 
 from launch.cli import main
-from pretrain.data import shards as shards_module
+from pretrain.data import local_files
 from pretrain.data.clips import ClipConfig
-from pretrain.data.loader import DataConfig, MicroBatches, Request, TrainingClips, training_batches
+from pretrain.data.config import DataConfig
+from pretrain.data.loader import MicroBatches, training_batches
 from pretrain.data.order import Mixture, Order
 from pretrain.data.pack import PackConfig, pack
 from pretrain.data.shards import ShardSet
+from pretrain.data.training_clips import Request, TrainingClips
 from pretrain.errors import Refused, TubeletError
 from tests.videos import make_video
 
@@ -165,7 +167,7 @@ def assert_reads(shards: ShardSet, expected: str | int | None) -> None:
 def test_a_damaged_set_is_refused_or_read_around_and_the_file_is_named(
     folder, others, capsys, monkeypatch, drill: Drill
 ):
-    monkeypatch.setattr(shards_module, "RETRY_AFTER_S", (0.01,))
+    monkeypatch.setattr(local_files, "RETRY_AFTER_S", (0.01,))
     open_before = ShardSet.open(folder)
     drill.damage(folder, others)
     assert_reads(open_before, drill.reading)

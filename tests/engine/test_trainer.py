@@ -12,9 +12,10 @@ import torch
 
 from launch.cli import main
 from pretrain.commandline import find_recipe
-from pretrain.data.loader import Batch, Costs, MicroBatches
+from pretrain.data.loader import Batch, MicroBatches
 from pretrain.data.order import Order
 from pretrain.data.shards import ShardSet
+from pretrain.data.training_clips import Costs
 from pretrain.engine.checkpoint import Checkpoints, engine_kind, find_checkpoint
 from pretrain.engine.distributed import Processes
 from pretrain.engine.optimizer import OptimizerConfig, build_schedule
