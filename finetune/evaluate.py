@@ -155,13 +155,7 @@ def check_classes(shards: ShardSet, classes: tuple[str, ...]) -> None:
 def _greatest_label(shards: ShardSet) -> int:
     if not shards.labelled:
         raise Refused(f"{shards.folder}: has no labels; pack it from class folders or with --list")
-    greatest = max(shards.labels())
-    if greatest >= len(shards.classes):
-        raise Refused(
-            f"{shards.folder}: has label {greatest}, but its index.json names the classes 0 to "
-            f"{len(shards.classes) - 1}; pack the videos again"
-        )
-    return greatest
+    return max(shards.labels())
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pretrain.data.video import DecoderName, VideoReader, load_decoder, open_video
-from pretrain.errors import BadSample, Refused, reason_of_failure
+from pretrain.errors import BadSample, Refused, TubeletError, reason_of_failure
 
 LARGEST_BUFFER_BYTES = 4 * 2**30
 """More than clips take: 16 frames of 8K video are 1.6 GB, and so are 16 time windows of 16 frames of full HD."""
@@ -47,6 +47,7 @@ class SharedBuffer:
 
         Raises:
             BadSample: It would end past `LARGEST_BUFFER_BYTES`.
+            TubeletError: There is no such memory.
         """
         array_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
         end = offset_bytes + array_bytes
@@ -56,9 +57,18 @@ class SharedBuffer:
             )
         if end > len(self._map):
             if os.fstat(self.descriptor).st_size < end:
-                os.ftruncate(self.descriptor, end + end // 4)
+                self._grow(end + end // 4)
             self._map = memoryview(mmap.mmap(self.descriptor, 0))
         return np.frombuffer(self._map[offset_bytes:end], dtype).reshape(shape)
+
+    def _grow(self, size_bytes: int) -> None:
+        try:
+            os.ftruncate(self.descriptor, size_bytes)
+        except OSError as error:
+            raise TubeletError(
+                f"data.decode_limit_s: no {size_bytes / 2**20:.0f} MiB of memory to share with the decode child "
+                f"({error.strerror}); raise `ulimit -f`, or set 0 to decode without"
+            ) from error
 
     def free_past(self, kept_bytes: int) -> None:
         """Gives the memory past the first `kept_bytes`, whole pages, back to the system; it reads as zeros after."""

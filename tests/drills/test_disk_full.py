@@ -117,6 +117,7 @@ def test_a_disk_that_is_full_from_the_start_is_told_in_one_line(recipe, disk, tm
 def test_a_disk_that_fills_while_two_ranks_log_ends_both_with_one_line(recipe, tmp_path):
     out = tmp_path / "run"
     often = ["--config", recipe, "--out", out, "--steps", 40, "--checkpoint.every", 40]
+    often += ["--data.decode_limit_s", 0]  # a limit on files holds for the memory of a decode child too
     full = run("pretrain", often, tmp_path, world=2, limit_bytes=4 << 10)
     assert_told_in_one_line(full, r"run/metrics\.jsonl")
     entries = read_metrics(out / "metrics.jsonl")

@@ -144,7 +144,7 @@ def read_all(shards: ShardSet) -> str | set[str]:
     try:
         for number in range(shards.samples):
             loaded = clips[Request(number, 0, number)]
-            assert loaded.clips.shape[1:] == (2, 16, 16, 3)
+            assert loaded.clips[0].shape == (2, 16, 16, 3)
             skipped |= {report["key"] for report in loaded.skipped}
     except TubeletError as error:
         return str(error)
