@@ -74,10 +74,10 @@ class _VideoApart:
         self.video, self.decoder, self.limit_s = video, decoder, limit_s
 
     def __len__(self) -> int:
-        return _client().ask(self, None)["frames"]
+        return client_of_thread().ask(self, None)["frames"]
 
     def read(self, indices: np.ndarray, allocate: Allocate | None = None) -> np.ndarray:
-        client = _client()
+        client = client_of_thread()
         shape = tuple(client.ask(self, indices)["shape"])
         frames = client.buffer.array(shape)
         if allocate is None:
@@ -241,7 +241,8 @@ def _kill(process: subprocess.Popen[bytes], descriptor: int, owner: int) -> None
 _own = threading.local()
 
 
-def _client() -> DecodeClient:
+def client_of_thread() -> DecodeClient:
+    """Returns this thread's decode client, whose child starts with its first decode."""
     client = getattr(_own, "client", None)
     if client is None or client.owner != os.getpid():
         client = _own.client = DecodeClient()

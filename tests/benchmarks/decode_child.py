@@ -12,12 +12,12 @@ import tempfile
 import time
 from pathlib import Path
 
-import psutil
 import torch
 
 from pretrain.data.clips import ClipConfig, cut, frame_indices, training_box
 from pretrain.data.decode_client import open_video_apart
 from pretrain.data.video import VideoReader, open_video
+from tests.benchmarks.cpu_time import cpu_time_s
 from tests.benchmarks.decode import packed
 
 CLIP = ClipConfig(frames=16, frame_rate=7.5, size=224)
@@ -31,13 +31,6 @@ def read_and_cut(reader: VideoReader, number: int) -> None:
     indices, _ = frame_indices(CLIP, FRAMES, RATE, moment=number * 0.618 % 1)
     frames = torch.from_numpy(reader.read(indices))
     torch.stack([cut(frames, training_box(CLIP, HEIGHT, WIDTH, key=number), CLIP.size)])
-
-
-def cpu_time_s() -> float:
-    """Seconds that this process and its decode child, where there is one, have computed."""
-    children = psutil.Process().children()
-    # The clock of another process, as clock_getcpuclockid(3) makes it.
-    return time.process_time() + sum(time.clock_gettime(~child.pid << 3 | 2) for child in children)
 
 
 def main() -> None:
