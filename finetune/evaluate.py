@@ -45,7 +45,7 @@ class EvaluateConfig:
     micro_batch: int = 8
     """Videos that one process sends through the model at once."""
     decoder: DecoderName = "auto"
-    """Who decodes: decord, pyav, torchcodec, or auto: decord for what packing writes and pyav for all else."""
+    """Who decodes: pyav, decord, torchcodec, or auto: pyav, which is exact on every file and quicker than decord."""
     decode_limit_s: float | None = DECODE_LIMIT_S
     """Seconds after which a decode is given up as an error; 0 or null decodes without limit or protection."""
     workers: int = 2

@@ -3,12 +3,12 @@
 Shards hold what packing wrote (H.264, constant frame rate, closed GOP, no B-frames), where every decoder agrees on
 every frame. On other files decord may return wrong frames, with no error: groups of pictures that lean on the one
 before (open GOP: HEVC as x265 writes it, and some H.264 and MPEG-4), AVI and MPEG-TS. PyAV's reader does not
-(`pyav_reader.py`), nor, for most of them, torchcodec's (`torchcodec_reader.py`, an extra). Readers must be opened in
-the process that uses them: decord may deadlock across a fork.
+(`pyav_reader.py`), and it is the quicker one, so it is the default; nor, for most of them, does torchcodec's
+(`torchcodec_reader.py`, an extra). Readers must be opened in the process that uses them: decord may deadlock across a
+fork.
 """
 
 import io
-import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -16,15 +16,10 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from pretrain.data.mp4 import read_mp4_video
 from pretrain.errors import BadSample
 
 DecoderName = Literal["auto", "decord", "pyav", "torchcodec"]
-"""Whose frames are read; auto is decord for files like those that packing writes, and PyAV for all others."""
-
-ALIGNMENT = 32
-"""Pixels that decord rounds the width of a row up to."""
-
+"""Who decodes; auto is the one that is exact on every file, and the quickest of those: PyAV."""
 
 Allocate = Callable[[tuple[int, ...]], np.ndarray]
 """Returns a uint8 array of a shape, with anything in it."""
@@ -111,21 +106,21 @@ class _InPlace:
 
 def load_decoder(decoder: DecoderName) -> None:
     """Imports what a decoder needs, which may take longer than to decode a video."""
-    if _reader_of("decord" if decoder == "auto" else decoder) is DecordReader:
+    if _reader_of(decoder) is DecordReader:
         _import_decord()
 
 
 def _reader_of(decoder: DecoderName) -> Callable[[bytes], VideoReader]:
     """Returns what opens videos with a decoder; imported here, for who reads with one decoder alone starts sooner."""
-    if decoder == "pyav":
-        from pretrain.data.pyav_reader import PyAvReader
-
-        return PyAvReader
+    if decoder == "decord":
+        return DecordReader
     if decoder == "torchcodec":
         from pretrain.data.torchcodec_reader import TorchCodecReader
 
         return TorchCodecReader
-    return DecordReader
+    from pretrain.data.pyav_reader import PyAvReader
+
+    return PyAvReader
 
 
 def _import_decord() -> Any:
@@ -158,26 +153,10 @@ def open_video(video: bytes, decoder: DecoderName = "auto") -> VideoReader:
         BadSample: The decoder cannot open it, or it holds no frame.
         Refused: The decoder is torchcodec, which is not installed or finds no FFmpeg.
     """
-    if decoder == "auto":
-        decoder = "decord" if decord_is_exact(video) else "pyav"
     reader = _reader_of(decoder)(video)
     if len(reader) == 0:
         raise BadSample("it holds no frames")
     return reader
-
-
-def decord_is_exact(video: bytes) -> bool:
-    """Whether decord is known to return the very frames of a file, as it does for what packing writes.
-
-    Decided by the index of an mp4 file: H.264 without reordered frames, so that none leans on the group of pictures
-    before its own, and without an edit list, which decord passes over. Narrow videos whose padded rows decord takes for
-    rows of more channels are left out too: `DecordReader` mends them, which takes time.
-    """
-    found = read_mp4_video(video)
-    if found is None or found.codec != "avc1" or not found.in_order or found.edited or not found.width:
-        return False
-    padded_width = math.ceil(found.width / ALIGNMENT) * ALIGNMENT
-    return padded_width == found.width or 3 * padded_width % found.width > 0
 
 
 def read_time_windows(reader: VideoReader, time_windows: Sequence[np.ndarray]) -> list[np.ndarray]:

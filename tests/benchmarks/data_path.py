@@ -8,7 +8,7 @@ All give clips of 16 frames of 224 x 224 at 7.5 frames per second (stride 4 at 3
 - ours: `TrainingClips` over what `tubelet pack --fps 7.5` makes of the same files, with 1, 2 and 4 repeats, collated,
   decoded in a decode child; and once with `data.decode_limit_s` 0, which decodes without;
 - the bound: the same decoder over the same frames of the packed videos, from memory, and nothing else; beside it
-  PyAV, where decord is what `auto` takes.
+  decord.
 
 Each is measured in turns on one core, one thread, in CPU time (with that of our decode child), which on one core is the
 time that it takes and which neighbours disturb least. Run with `make bench-data`.
@@ -128,7 +128,7 @@ def compare(raw: list[Path], tar: Path, shards: ShardSet) -> None:
         "the field": lambda request: videomae_clip(str(raw[request.sample])),
         "webdataset": lambda request: next(from_tar),
         "the bound": bound(shards, seed=0),
-        "the bound, PyAV": bound(shards, seed=0, decoder="pyav"),
+        "the bound, decord": bound(shards, seed=0, decoder="decord"),
     }
     for repeats in (1, 2, 4):
         clips = TrainingClips(shards, DataConfig(clip=CLIP, repeats=repeats), seed=0)

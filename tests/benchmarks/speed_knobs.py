@@ -96,7 +96,7 @@ def encoded(frames: list[av.VideoFrame], setting: Setting) -> bytes:
 
 def clip_of(video: bytes, fps: float, round_number: int) -> torch.Tensor:
     """Returns a clip as training cuts it, at a moment and with a crop that the round decides."""
-    reader = open_video(video, "decord")
+    reader = open_video(video)
     indices, _ = frame_indices(CLIP, len(reader), fps, moment=(round_number * 0.618) % 1)
     frames = torch.from_numpy(reader.read(indices))
     return cut(frames, training_box(CLIP, *frames.shape[1:3], key_for(round_number)), CLIP.size)

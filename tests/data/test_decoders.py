@@ -131,8 +131,8 @@ def test_files_that_decord_reads_wrongly_are_read_exactly(videos, name, decoder)
 
 
 @pytest.mark.parametrize("name", [name for name in WRONG_IN_DECORD if name != "h264-raw"])
-def test_decord_returns_wrong_frames_where_auto_avoids_it(videos, name):
-    """Where this fails decord has been mended, and `auto` may trust it with such files."""
+def test_decord_returns_wrong_frames_which_is_why_auto_avoids_it(videos, name):
+    """Where this fails decord has been mended, and the table of decoders may say so."""
     video, expected = videos(name)
     assert wrong_reads(DecordReader(video), expected) > 0
 
@@ -231,18 +231,6 @@ def test_a_reader_leaves_nothing_for_the_garbage_collector(packed):
         gc.enable()
 
 
-@pytest.mark.parametrize("width", [128, 64, 40])
-def test_auto_takes_decord_for_what_packing_writes(tmp_path, width):
-    source = make_video(tmp_path / "source.mp4", frames=4, width=width)
-    assert isinstance(open_video(transcode(source).video), DecordReader)
-
-
-@pytest.mark.parametrize("width", [24, 48, 72])
-def test_auto_takes_pyav_for_narrow_videos_whose_rows_decord_misreads(tmp_path, width):
-    source = make_video(tmp_path / "source.mp4", frames=4, width=width)
-    assert isinstance(open_video(transcode(source).video), PyAvReader)
-
-
-@pytest.mark.parametrize("name", WRONG_IN_DECORD)
-def test_auto_takes_pyav_where_decord_is_wrong(videos, name):
+@pytest.mark.parametrize("name", [*EXACT_IN_ALL, *WRONG_IN_DECORD])
+def test_auto_never_takes_decord(videos, name):
     assert isinstance(open_video(videos(name)[0]), PyAvReader)
