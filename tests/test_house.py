@@ -80,6 +80,14 @@ def test_the_arrows_are_read_from_the_files():
     assert room_of("pretrain.config.RunConfig") == "pretrain"
 
 
+def test_the_tests_that_the_readme_names_as_proofs_are_there():
+    named = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", (ROOT / "README.md").read_text())
+    assert len(named) > 10
+    for name, function in named:
+        (path,) = (ROOT / "tests").rglob(name)
+        assert f"def {function}(" in path.read_text() or not function, f"{name}::{function}"
+
+
 def test_the_model_touches_no_files_and_no_processes():
     forbidden = {"os", "pathlib", "subprocess", "multiprocessing", "threading", "shutil", "socket", "tempfile"}
     for path in (ROOT / "pretrain/model").glob("*.py"):
