@@ -99,7 +99,7 @@ def test_a_pretraining_run_that_cannot_be_is_refused_in_one_line(recipe, tmp_pat
         (["predict", "clip.mp4", "--model", "/nowhere"], "/nowhere: has no config.json"),
         (["pack", "/nowhere", "/tmp/never-written"], "/nowhere: no such folder"),
         (["pack", "/nowhere"], "out"),
-        (["pack", "a", "b", "c"], "c: is one folder too many; give SRC and OUT"),
+        (["pack", "a", "b", "c"], "c: is one folder too many; give VIDEOS and SHARDS"),
         (["pack", "/nowhere", "/tmp/never-written", "--short-sied", "3"], "did you mean short_side?"),
         (["pack", "/nowhere", "/tmp/never-written", "--short-side", "33"], "short_side: 33 does not do"),
         (["pack", "/tmp", "/tmp/never-written", "--annotations", "/nowhere.csv"], "/nowhere.csv: no such file"),
@@ -129,11 +129,23 @@ def test_no_command_shows_the_usage_and_help_is_no_error(capsys):
     assert capsys.readouterr().out.count("tubelet COMMAND --help") == 2
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.strip()
-    for command in ("pretrain", "finetune", "pack", "evaluate", "predict"):
+    for command in ("pretrain", "finetune", "pack", "merge", "index", "check", "inspect", "evaluate", "predict"):
         with pytest.raises(SystemExit) as ended:
             main([command, "--help"])
         assert ended.value.code == 0
-        assert "--" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert "--" in said
+        assert "default: null" not in said
+
+
+def test_the_help_shows_what_may_stand_without_a_name(capsys):
+    for command, arguments in (("pack", "[VIDEOS] SHARDS"), ("index", "TARS"), ("check", "SHARDS")):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        said = capsys.readouterr().out
+        assert said.startswith(f"usage: tubelet {command} {arguments} [--FIELD VALUE ...]\n")
+        assert "recipe" not in said, "these commands have none"
+    assert "SHARDS, --shards SHARDS" in said
 
 
 @pytest.mark.parametrize(
