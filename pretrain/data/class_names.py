@@ -1,6 +1,7 @@
 """Class names in the order of their numbers: as given by a user, a labels file of a data set, or a packed shard set."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -20,13 +21,14 @@ def read_classes(classes: str) -> tuple[str, ...]:
         Refused: There is no such file and no comma, it cannot be read, a name stands twice, or a number is missing.
     """
     path = Path(classes)
-    if path.is_dir():
+    is_file = os.path.isfile(path)  # unlike pathlib's, at ease with names that are too long for a file
+    if os.path.isdir(path):
         names = _of_shards(path)
-    elif path.is_file() and path.suffix.lower() == ".json":
+    elif is_file and path.suffix.lower() == ".json":
         names = _of_numbered(path, {name: str(number) for name, number in _json_object(path).items()}, first=0)
-    elif path.is_file() and path.name == "classInd.txt":
+    elif is_file and path.name == "classInd.txt":
         names = _of_class_index(path)
-    elif path.is_file():
+    elif is_file:
         names = [line.strip() for line in read_lines(path)]
     elif "," in classes:
         names = [name.strip() for name in classes.split(",")]
