@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import NoReturn, get_args
 
-from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_REFUSED, Refused
+from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, Refused
 
 USAGE = """tubelet COMMAND ...
 
@@ -65,7 +65,11 @@ def main(arguments: list[str] | None = None) -> int:
         remedy = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(commands)}"
         print(f"tubelet: {arguments[0]}: there is no such command; {remedy}", file=sys.stderr)
         return 2
-    return command(arguments[1:])
+    try:
+        return command(arguments[1:])
+    except KeyboardInterrupt:  # while it was still being imported, which takes seconds
+        print("tubelet: interrupted before anything was done", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 def _pretrain(arguments: list[str]) -> int:

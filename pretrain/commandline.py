@@ -41,10 +41,17 @@ class Parser(ArgumentParser):
         if unknown:
             name = unknown[1] or f"{self._group_in(message)}{unknown[2]}"
             raise Refused(f"{name}: there is no such field; {self._nearest(name)}")
+        missing = re.fullmatch(r"the following arguments are required: (.*)", message)
+        if missing:
+            raise Refused(f"{self._called(missing[1])}: missing; see {self.prog} --help")
         field = re.search(r'Parser key "([\w.]+)": (.*)', message)
         if field:
             raise Refused(f"{field[1]}: {_plain(field[2])}")
         raise Refused(message)
+
+    def _called(self, names: str) -> str:
+        alone = {action.dest: str(action.metavar) for action in self._actions if hasattr(action, "stands_alone")}
+        return ", ".join(alone.get(name, name) for name in names.split(", "))
 
     def _group_in(self, message: str) -> str:
         group = re.search(r"Group '([\w.]+)'", message)
@@ -141,7 +148,10 @@ def parse_plain(
         alone: For the help, the fields whose values may stand without their names, and what a user calls them.
     """
     parser = _parser(config_class, command, alone or {})
-    parsed = parser.parse_args(with_underscores(arguments))
+    try:
+        parsed = parser.parse_args(with_underscores(arguments))
+    except UnicodeDecodeError as error:
+        raise Refused(f"config: not a YAML file ({error}); name a recipe, or a text file of fields") from error
     _refuse_values_of_groups(config_class, parsed)
     values = parser.instantiate(parsed)
     return config_class(**{field.name: values[field.name] for field in dataclasses.fields(config_class)})
@@ -242,6 +252,9 @@ def _others_of_pairs(pairs: tuple[tuple[str, str], ...], arguments: list[str]) -
 
 def _plain(text: str) -> str:
     """Rewrites Python's names of types as a person would say them."""
+    union = re.search(r"Union subtypes.*?- ([Ee]xpected .*?) -.*Given value: (.*)", text)
+    if union:
+        text = f"{union[1]}, got {union[2]}"
     text = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", text)
     return re.sub(r"<class '(\w+)'>", r"\1", text).replace("Expected a ", "expected ").replace("Got value:", "got")
 

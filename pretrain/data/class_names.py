@@ -8,6 +8,8 @@ from pathlib import Path
 from pretrain.errors import Refused
 
 SHARD_SET_INDEX = "index.json"
+LONGEST_SHOWN = 200
+"""Characters of names that a message repeats."""
 
 
 def read_classes(classes: str) -> tuple[str, ...]:
@@ -40,8 +42,9 @@ def read_classes(classes: str) -> tuple[str, ...]:
     names = [name for name in names if name]
     repeated = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
     if repeated is not None or not names:
+        shown = classes if len(classes) <= LONGEST_SHOWN else f"{classes[:LONGEST_SHOWN]}..."
         raise Refused(
-            f"classes: {f'{repeated!r} stands twice' if names else 'no name'} in {classes}; name each class once"
+            f"classes: {f'{repeated!r} stands twice' if names else 'no name'} in {shown}; name each class once"
         )
     return tuple(names)
 

@@ -152,10 +152,12 @@ class PackFolder:
             settings = json.loads(path.read_text())
             shard_names(settings["videos"], settings["samples_per_shard"])
             return {name: settings[name] for name in NEEDED_TO_MERGE}
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             remedy = "pack into it with `tubelet pack VIDEOS SHARDS --part I/N` first"
             raise Refused(f"{self.path}: holds no {PLAN_NAME}, so no pack was begun there; {remedy}") from error
-        except (OSError, ArithmeticError, *DAMAGED) as error:
+        except OSError as error:
+            raise Refused(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+        except (ArithmeticError, *DAMAGED) as error:
             remedy = f"remove {self.path} and pack again"
             raise Refused(f"{path}: not the settings of a pack ({error}); {remedy}") from error
 

@@ -237,6 +237,12 @@ def test_what_cannot_be_indexed_is_refused_and_nothing_is_written(videos, tmp_pa
     assert sorted(folder.iterdir()) == before
 
 
+def test_a_folder_for_the_index_that_cannot_be_is_refused_in_one_line(foreign, capsys):
+    assert main(["index", str(foreign), "--jobs", "1", "--unlabelled", "--out", "x" * 300]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tubelet: ")]
+    assert "cannot be written (File name too long); name another folder" in line
+
+
 def test_tars_are_named_one_by_one_and_a_missing_folder_for_the_index_is_refused(videos, tmp_path, capsys):
     tars = [write_tar(tmp_path / f"in/{name}.tar", {name: {"mp4": videos[0]}}) for name in "abc"]
     assert main(["index", *map(str, tars[:2]), "--out", str(tmp_path / "out"), "--jobs=1"]) == 0

@@ -52,6 +52,9 @@ def test_more_class_names_than_a_path_has_letters_are_class_names():
     assert read_classes(",".join(names)) == names
     with pytest.raises(Refused, match="is no file"):
         read_classes("x" * 5000)
+    with pytest.raises(Refused, match="'a' stands twice") as caught:
+        read_classes("a," * 5000)
+    assert len(str(caught.value)) < 400
     with pytest.raises(Refused, match="no such folder"):
         find_sources("x" * 5000)
 

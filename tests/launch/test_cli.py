@@ -1,9 +1,11 @@
 """The command line: what is wrong is one line on standard error and exit code 2; dashes do as well as underscores."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
+from launch import cli
 from launch.cli import main
 from pretrain.data.shards import ShardSet
 from tests.runs import tiny_pretraining
@@ -98,7 +100,11 @@ def test_a_pretraining_run_that_cannot_be_is_refused_in_one_line(recipe, tmp_pat
         (["evaluate", "--model", "x", "--shards", "y", "--decoder", "ffmpeg"], "decoder: "),
         (["predict", "clip.mp4", "--model", "/nowhere"], "/nowhere: has no config.json"),
         (["pack", "/nowhere", "/tmp/never-written"], "/nowhere: no such folder"),
-        (["pack", "/nowhere"], "out"),
+        (["pack", "/nowhere"], "SHARDS: missing; see tubelet pack --help"),
+        (["index"], "TARS: missing; see tubelet index --help"),
+        (["pack", "a", "b", "--fps", "many"], "fps: expected float, got many"),
+        (["pack", "a", "b", "--config", sys.executable], "config: not a YAML file ("),
+        (["merge", __file__], f"{__file__}: holds no pack.json, so no pack was begun there"),
         (["pack", "a", "b", "c"], "c: is one folder too many; give VIDEOS and SHARDS"),
         (["pack", "/nowhere", "/tmp/never-written", "--short-sied", "3"], "did you mean short_side?"),
         (["pack", "/nowhere", "/tmp/never-written", "--short-side", "33"], "short_side: 33 does not do"),
@@ -185,3 +191,12 @@ def test_ranks_other_than_0_leave_it_to_rank_0_to_tell_what_is_wrong_with_an_eva
         monkeypatch.setenv("RANK", rank)
         assert main(["evaluate", "--model", "/nowhere", "--shards", "/nowhere", *option]) == 2
         assert capsys.readouterr().err.count("\n") == lines
+
+
+def test_ctrl_c_while_a_command_is_imported_is_one_line(capsys, monkeypatch):
+    def interrupt(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_pack", interrupt)
+    assert main(["pack", "videos", "shards"]) == 130
+    assert capsys.readouterr().err == "tubelet: interrupted before anything was done\n"
