@@ -9,17 +9,17 @@ import importlib.metadata
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NoReturn, get_args
 
-from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_REFUSED, Refused
+from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, Refused
 
 USAGE = """tubelet COMMAND ...
 
-  pack SRC OUT        make shards from a folder of videos, of class folders or of images, or from those that --list FILE
+  pack VIDEOS SHARDS  make shards from a folder of videos, of class folders or of images, or from those that --list FILE
                       or --annotations FILE of Kinetics, Something-Something v2, UCF101 or HMDB51 names
   merge SHARDS        make one set of what `tubelet pack --part I/N` has packed on several nodes
-  index TARS          make shards of WebDataset tars that others made, in place
+  index TARS          make shards of a folder of WebDataset tars that others made, where they lie
   check SHARDS        read and decode all of a set of shards, and list what is wrong with it
   inspect SHARDS      tell what a set of shards holds, and draw a contact sheet of it
   pretrain            train an encoder on shards, without labels
@@ -30,6 +30,9 @@ USAGE = """tubelet COMMAND ...
   demo                all of it in minutes, on videos that it makes itself
 
 tubelet COMMAND --help tells the options of a command."""
+
+SHARDS = {"shards": "SHARDS"}
+"""The argument of most commands that may stand without its name."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -62,7 +65,11 @@ def main(arguments: list[str] | None = None) -> int:
         remedy = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(commands)}"
         print(f"tubelet: {arguments[0]}: there is no such command; {remedy}", file=sys.stderr)
         return 2
-    return command(arguments[1:])
+    try:
+        return command(arguments[1:])
+    except KeyboardInterrupt:  # while it was still being imported, which takes seconds
+        print("tubelet: interrupted before anything was done", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 def _pretrain(arguments: list[str]) -> int:
@@ -83,7 +90,8 @@ def _pack(arguments: list[str]) -> int:
     from pretrain.engine.progress import set_up_logging
 
     set_up_logging()
-    return run_command(lambda: pack(parse_plain(PackConfig, "pack", _named(arguments, ("source", "out")))))
+    alone = {"source": "[VIDEOS]", "out": "SHARDS"}
+    return run_command(lambda: pack(parse_plain(PackConfig, "pack", _named(arguments, alone), alone)))
 
 
 def _merge(arguments: list[str]) -> int:
@@ -92,7 +100,7 @@ def _merge(arguments: list[str]) -> int:
     from pretrain.engine.progress import set_up_logging
 
     set_up_logging()
-    return run_command(lambda: merge(parse_plain(MergeConfig, "merge", _named(arguments, ("shards",)))))
+    return run_command(lambda: merge(parse_plain(MergeConfig, "merge", _named(arguments, SHARDS), SHARDS)))
 
 
 def _index(arguments: list[str]) -> int:
@@ -103,7 +111,7 @@ def _index(arguments: list[str]) -> int:
     tars, rest = _without_names(arguments)
     given = [f"--tars={json.dumps(tars)}"] if tars else []
     set_up_logging()
-    return run_command(lambda: index(parse_plain(IndexConfig, "index", given + rest)))
+    return run_command(lambda: index(parse_plain(IndexConfig, "index", given + rest, {"tars": "TARS"})))
 
 
 def _check(arguments: list[str]) -> int:
@@ -114,7 +122,7 @@ def _check(arguments: list[str]) -> int:
     problems: list[object] = []
 
     def command() -> None:
-        problems.extend(check(parse_plain(CheckConfig, "check", _named(arguments, ("shards",)))).problems)
+        problems.extend(check(parse_plain(CheckConfig, "check", _named(arguments, SHARDS), SHARDS)).problems)
 
     set_up_logging()
     return run_command(command) or (EXIT_FAILED if problems else EXIT_DONE)
@@ -126,7 +134,7 @@ def _inspect(arguments: list[str]) -> int:
     from pretrain.engine.progress import set_up_logging
 
     set_up_logging()
-    return run_command(lambda: inspect(parse_plain(InspectConfig, "inspect", _named(arguments, ("shards",)))))
+    return run_command(lambda: inspect(parse_plain(InspectConfig, "inspect", _named(arguments, SHARDS), SHARDS)))
 
 
 def _evaluate(arguments: list[str]) -> int:
@@ -226,16 +234,16 @@ class _Parser(argparse.ArgumentParser):
         raise Refused(f"{self.prog}: {message}; see {self.prog} --help")
 
 
-def _named(arguments: list[str], names: tuple[str, ...]) -> list[str]:
+def _named(arguments: list[str], alone: Mapping[str, str]) -> list[str]:
     """Turns arguments without a name into named ones; jsonargparse's dataclasses know only these.
 
-    With `--list`, a single one is the last of `names`.
+    With `--list`, a single one is the last of those that may stand alone.
     """
     positional, rest = _without_names(arguments)
     from_list = any(argument.split("=")[0] == "--list" for argument in rest)
-    names = names[-1:] if from_list and len(positional) == 1 else names
+    names = list(alone)[-1:] if from_list and len(positional) == 1 else list(alone)
     if len(positional) > len(names):
-        expected = " and ".join({"source": "SRC"}.get(name, name.upper()) for name in names)
+        expected = " and ".join(name.strip("[]") for name in alone.values())
         raise Refused(f"{positional[len(names)]}: is one folder too many; give {expected}")
     return [part for name, value in zip(names, positional, strict=False) for part in (f"--{name}", value)] + rest
 

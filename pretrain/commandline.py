@@ -11,12 +11,13 @@ import logging
 import re
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from argparse import Action
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
 from pretrain.engine.distributed import launched_rank
 from pretrain.errors import EXIT_DONE, EXIT_INTERRUPTED, DiskFull, Refused, TubeletError
@@ -40,10 +41,17 @@ class Parser(ArgumentParser):
         if unknown:
             name = unknown[1] or f"{self._group_in(message)}{unknown[2]}"
             raise Refused(f"{name}: there is no such field; {self._nearest(name)}")
+        missing = re.fullmatch(r"the following arguments are required: (.*)", message)
+        if missing:
+            raise Refused(f"{self._called(missing[1])}: missing; see {self.prog} --help")
         field = re.search(r'Parser key "([\w.]+)": (.*)', message)
         if field:
             raise Refused(f"{field[1]}: {_plain(field[2])}")
         raise Refused(message)
+
+    def _called(self, names: str) -> str:
+        alone = {action.dest: str(action.metavar) for action in self._actions if hasattr(action, "stands_alone")}
+        return ", ".join(alone.get(name, name) for name in names.split(", "))
 
     def _group_in(self, message: str) -> str:
         group = re.search(r"Group '([\w.]+)'", message)
@@ -54,6 +62,21 @@ class Parser(ArgumentParser):
         near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
         near = near or [field for field in fields if field.split(".")[-1] == name.split(".")[-1]]
         return f"did you mean {near[0]}?" if near else "see --help for all fields"
+
+
+class HelpFormatter(DefaultHelpFormatter):
+    """Tells of a field what a person needs: its default if it has one, and the name it has where it stands alone."""
+
+    def _get_type_str(self, action: Action) -> str | None:
+        text = super()._get_type_str(action)
+        return None if text is None or text.startswith("Literal[") else text.replace(" | null", "")
+
+    def _expand_help(self, action: Action) -> str:
+        return re.sub(r"(, |(?<=\())default: null(?=\))", "", super()._expand_help(action)).removesuffix(" ()")
+
+    def _format_action_invocation(self, action: Action) -> str:
+        alone = f"{action.metavar}, " if getattr(action, "stands_alone", False) else ""
+        return alone + super()._format_action_invocation(action)
 
 
 def recipes_folder() -> Path:
@@ -113,15 +136,39 @@ def met_by_every_rank() -> Iterator[None]:
         raise
 
 
-def parse_plain(config_class: type[Config], command: str, arguments: list[str]) -> Config:
-    """Reads a configuration from `--config FILE` and command-line overrides, without looking up recipes."""
-    parser = Parser(prog=f"tubelet {command}", allow_abbrev=False, description=config_class.__doc__)
-    parser.add_argument("--config", action=ActionConfigFile, help="a YAML file, or the name of a recipe in configs/")
-    parser.add_class_arguments(config_class)
-    parsed = parser.parse_args(with_underscores(arguments))
+def parse_plain(
+    config_class: type[Config], command: str, arguments: list[str], alone: Mapping[str, str] | None = None
+) -> Config:
+    """Reads a configuration from `--config FILE` and command-line overrides, without looking up recipes.
+
+    Args:
+        config_class: The configuration.
+        command: The subcommand of `tubelet`.
+        arguments: The command line; every value of it follows the name of its field.
+        alone: For the help, the fields whose values may stand without their names, and what a user calls them.
+    """
+    parser = _parser(config_class, command, alone or {})
+    try:
+        parsed = parser.parse_args(with_underscores(arguments))
+    except UnicodeDecodeError as error:
+        raise Refused(f"config: not a YAML file ({error}); name a recipe, or a text file of fields") from error
     _refuse_values_of_groups(config_class, parsed)
     values = parser.instantiate(parsed)
     return config_class(**{field.name: values[field.name] for field in dataclasses.fields(config_class)})
+
+
+def _parser(config_class: type[Config], command: str, alone: Mapping[str, str]) -> Parser:
+    usage = " ".join([f"tubelet {command}", *alone.values(), "[--FIELD VALUE ...]"])
+    parser = Parser(prog=f"tubelet {command}", usage=usage, allow_abbrev=False, formatter_class=HelpFormatter)
+    recipe = ", or the name of a recipe in configs/" + command if (recipes_folder() / command).is_dir() else ""
+    parser.add_argument("--config", action=ActionConfigFile, help=f"YAML file of fields{recipe}")
+    parser.add_class_arguments(config_class)
+    for action in parser._actions:
+        if action.dest == "print_config":
+            action.help = "Print the configuration that would run, and exit."
+        elif action.dest in alone:
+            action.metavar, action.stands_alone = alone[action.dest].strip("[]"), True  # type: ignore[attr-defined]
+    return parser
 
 
 def with_underscores(arguments: list[str]) -> list[str]:
@@ -205,6 +252,9 @@ def _others_of_pairs(pairs: tuple[tuple[str, str], ...], arguments: list[str]) -
 
 def _plain(text: str) -> str:
     """Rewrites Python's names of types as a person would say them."""
+    union = re.search(r"Union subtypes.*?- ([Ee]xpected .*?) -.*Given value: (.*)", text)
+    if union:
+        text = f"{union[1]}, got {union[2]}"
     text = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", text)
     return re.sub(r"<class '(\w+)'>", r"\1", text).replace("Expected a ", "expected ").replace("Got value:", "got")
 

@@ -15,6 +15,7 @@ import csv
 import dataclasses
 import json
 import math
+import os
 import posixpath
 import re
 from pathlib import Path
@@ -108,7 +109,7 @@ def read_annotations(path: Path, split: str | None = None) -> Annotations:
 
 
 def _kind_of(path: Path) -> str:
-    if not path.exists():
+    if not os.path.exists(path):
         raise Refused(f"{path}: no such file; name the annotation file of a data set")
     if path.is_dir():
         names = [entry.name for entry in path.iterdir()]

@@ -1,12 +1,15 @@
 """Class names in the order of their numbers: as given by a user, a labels file of a data set, or a packed shard set."""
 
 import json
+import os
 import re
 from pathlib import Path
 
 from pretrain.errors import Refused
 
 SHARD_SET_INDEX = "index.json"
+LONGEST_SHOWN = 200
+"""Characters of names that a message repeats."""
 
 
 def read_classes(classes: str) -> tuple[str, ...]:
@@ -20,13 +23,14 @@ def read_classes(classes: str) -> tuple[str, ...]:
         Refused: There is no such file and no comma, it cannot be read, a name stands twice, or a number is missing.
     """
     path = Path(classes)
-    if path.is_dir():
+    is_file = os.path.isfile(path)  # unlike pathlib's, at ease with names that are too long for a file
+    if os.path.isdir(path):
         names = _of_shards(path)
-    elif path.is_file() and path.suffix.lower() == ".json":
+    elif is_file and path.suffix.lower() == ".json":
         names = _of_numbered(path, {name: str(number) for name, number in _json_object(path).items()}, first=0)
-    elif path.is_file() and path.name == "classInd.txt":
+    elif is_file and path.name == "classInd.txt":
         names = _of_class_index(path)
-    elif path.is_file():
+    elif is_file:
         names = [line.strip() for line in read_lines(path)]
     elif "," in classes:
         names = [name.strip() for name in classes.split(",")]
@@ -38,8 +42,9 @@ def read_classes(classes: str) -> tuple[str, ...]:
     names = [name for name in names if name]
     repeated = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
     if repeated is not None or not names:
+        shown = classes if len(classes) <= LONGEST_SHOWN else f"{classes[:LONGEST_SHOWN]}..."
         raise Refused(
-            f"classes: {f'{repeated!r} stands twice' if names else 'no name'} in {classes}; name each class once"
+            f"classes: {f'{repeated!r} stands twice' if names else 'no name'} in {shown}; name each class once"
         )
     return tuple(names)
 

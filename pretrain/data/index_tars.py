@@ -25,6 +25,7 @@ from pretrain.data.index_worker import (
     IndexedVideo,
     ScannedTar,
     ScanTask,
+    UnreadableTar,
     VideoTask,
     index_task,
 )
@@ -33,8 +34,8 @@ from pretrain.data.pack_folder import REJECTED_NAME, Rejection
 from pretrain.data.pool import Died, WorkerPool, refuse_pool_options
 from pretrain.data.shards import ShardSet
 from pretrain.data.sources import MAX_CLASSES
-from pretrain.data.terminal import TaskProgress, add_reasons
-from pretrain.errors import Refused
+from pretrain.data.terminal import TaskProgress, add_reasons, counted
+from pretrain.errors import Refused, TubeletError
 
 LABEL_FIELDS = re.compile(r"cls|txt|json(\.[^.]+)+")
 INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
@@ -46,12 +47,13 @@ class IndexConfig:
 
     tars: list[str]
     """The tars, or one folder that holds them."""
-    out: str
-    """Folder of the index: the tars' own folder, or another one, which gets links to the tars."""
+    out: str | None = None
+    """Folder of the index: by default the folder that holds the tars; another one gets links to them."""
     label_field: str | None = None
     """Where labels are: cls, txt, or json.FIELD; by default cls, where any sample has one."""
     classes: str | None = None
-    """Class names in the order of their numbers: a file with one a line, or names with commas between."""
+    """Class names in the order of their numbers: a file with one a line, a labels .json, a folder of shards that has
+    them, or names with commas between."""
     unlabelled: bool = False
     """Index without labels, even where there are some."""
     decode: Literal["three", "all"] = "three"
@@ -90,13 +92,15 @@ def index(config: IndexConfig) -> IndexSummary:
 
     Raises:
         Refused: Bad options or input; a folder that holds another index or cannot be written; nothing to index.
-        OSError: The disk is full or failed.
+        TubeletError: A tar cannot be read any more.
+        OSError: The disk is full.
         KeyboardInterrupt: Ctrl-C was pressed. Nothing was written.
     """
     config.validate()
     names = read_classes(config.classes) if config.classes is not None else None
     paths = find_tars(config.tars)
-    check_folder(Path(config.out), paths)
+    out = _folder_of_index(config)
+    check_folder(out, paths)
     rejected: list[Rejection] = []
     with WorkerPool(index_task, config.jobs or len(os.sched_getaffinity(0))) as pool:
         scanned = _scan(pool, paths, config, rejected)
@@ -105,8 +109,8 @@ def index(config: IndexConfig) -> IndexSummary:
     if not tars:
         first = f"{rejected[0].source}: {rejected[0].reason}" if rejected else "no file in them"
         raise Refused(f"{config.tars[0]}: no sample of {len(paths)} tars can be indexed ({first}); check the tars")
-    write_index(Path(config.out), tars, classes or (), rejected)
-    summary = IndexSummary(ShardSet.open(config.out), tuple(rejected), codecs)
+    write_index(out, tars, classes or (), rejected)
+    summary = IndexSummary(ShardSet.open(out), tuple(rejected), codecs)
     show_index(summary)
     return summary
 
@@ -119,20 +123,28 @@ def find_tars(given: Sequence[str]) -> list[Path]:
     """
     paths: list[Path] = []
     for path in map(Path, given):
-        if path.is_dir():
+        if os.path.isdir(path):
             inside = sorted(tar for tar in path.glob("*.tar") if not tar.name.startswith("."))
             if not inside:
                 others = ", ".join(sorted(other.name for other in path.glob("*.t*"))[:3])
                 found = f" (but {others}; decompress what is compressed)" if others else ""
                 raise Refused(f"{path}: holds no .tar file{found}; name a folder of WebDataset tars")
             paths += inside
-        elif path.is_file():
+        elif os.path.isfile(path):
             paths.append(path)
         else:
             raise Refused(f"{path}: no such file or folder; name a tar, or a folder of tars")
     if not paths:
         raise Refused("tars: nothing to index; name tars, or a folder of them")
     return paths
+
+
+def _folder_of_index(config: IndexConfig) -> Path:
+    if config.out is not None:
+        return Path(config.out)
+    if len(config.tars) == 1 and os.path.isdir(config.tars[0]):
+        return Path(config.tars[0])
+    raise Refused("out: is missing; tars named one by one need --out FOLDER for their index")
 
 
 def show_index(summary: IndexSummary, console: Console | None = None) -> None:
@@ -143,7 +155,8 @@ def show_index(summary: IndexSummary, console: Console | None = None) -> None:
     table.columns[1].justify = "right"
     table.columns[2].overflow = "fold"
     classes = f"{len(shards.classes)} classes" if shards.labelled else "unlabelled"
-    table.add_row("indexed", str(shards.samples), escape(f"{len(shards.shards)} tars, {classes}, in {shards.folder}"))
+    tars = counted(len(shards.shards), "tar")
+    table.add_row("indexed", str(shards.samples), escape(f"{tars}, {classes}, in {shards.folder}"))
     for codec, count in summary.codecs.most_common():
         table.add_row("  of these", str(count), codec)
     table.add_row("rejected", str(len(rejected)), f"listed in {REJECTED_NAME}" if rejected else "")
@@ -225,6 +238,8 @@ def _read_videos(
             if not tar.samples:
                 continue
             sha256 = next(results)
+            if isinstance(sha256, UnreadableTar):
+                raise TubeletError(f"{path}: {sha256.reason}; see whether its disk is still there, and index again")
             if not isinstance(sha256, str):
                 raise Refused(f"{path}: reading it ended the process; see whether memory suffices, with fewer --jobs")
             indexed: list[tuple[FoundSample, int | None, IndexedVideo]] = []

@@ -95,13 +95,23 @@ class IndexedVideo:
     codec: str
 
 
-def index_task(task: ScanTask | HashTask | VideoTask) -> ScannedTar | str | IndexedVideo:
+@dataclasses.dataclass(frozen=True)
+class UnreadableTar:
+    """Why the SHA-256 of a tar, whose headers were read before, cannot be told."""
+
+    reason: str
+
+
+def index_task(task: ScanTask | HashTask | VideoTask) -> ScannedTar | str | UnreadableTar | IndexedVideo:
     """Returns what is wanted: the samples of a tar, its SHA-256, or what a video is, which is its reason if it is bad.
 
     Whatever goes wrong with a strange file is its reason.
     """
     if isinstance(task, HashTask):
-        return sha256_of_file(task.path)
+        try:
+            return sha256_of_file(task.path)
+        except OSError as error:
+            return UnreadableTar(f"cannot be read ({error.strerror})")
     if isinstance(task, ScanTask):
         return scan_tar(task)
     try:

@@ -28,10 +28,10 @@ class IndexedTar(NamedTuple):
 
 def check_folder(folder: Path, tars: list[Path]) -> None:
     """Raises `Refused` if the index cannot be written to a folder without harm to what is there."""
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not folder.is_dir():
         raise Refused(f"out: {folder} is not a folder; name another one for the index")
     for name in (PLAN_NAME, WORK_NAME, INDEX_NAME):
-        if (folder / name).exists():
+        if os.path.exists(folder / name):
             remedy = f"remove {name} to index the tars anew" if name == INDEX_NAME else "name another folder"
             raise Refused(f"out: {folder} holds {name} already; {remedy}")
     repeated = next((stem for stem, count in Counter(tar.stem for tar in tars).items() if count > 1), None)
@@ -41,7 +41,7 @@ def check_folder(folder: Path, tars: list[Path]) -> None:
         path, index_path = folder / tar.name, (folder / tar.name).with_suffix(".idx")
         if os.path.lexists(path) and not (path.exists() and path.samefile(tar)):
             raise Refused(f"out: {path} is there already and is another file than {tar}; name another folder")
-        if index_path.exists() and not index_path.read_bytes().startswith(OURS):
+        if os.path.exists(index_path) and not index_path.read_bytes().startswith(OURS):
             raise Refused(f"out: {index_path} is there already and is no index of Tubelet's; name another folder")
 
 

@@ -4,6 +4,7 @@ No tar is read for the figures; the picture (`contact_sheet.py`) decodes one fra
 """
 
 import dataclasses
+import os
 import statistics
 from collections import Counter
 from pathlib import Path
@@ -50,7 +51,7 @@ class InspectConfig:
             return
         if Path(self.out).suffix.lower() != ".png":
             raise Refused(f"out: {self.out} is no PNG by its name; end it with .png")
-        if Path(self.out).is_dir() or not Path(self.out).absolute().parent.is_dir():
+        if os.path.isdir(self.out) or not os.path.isdir(Path(self.out).absolute().parent):
             raise Refused(f"out: {self.out} cannot be written; name a file in a folder that exists")
 
 

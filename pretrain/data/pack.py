@@ -9,6 +9,7 @@ one set of them. What a folder holds while it is being packed is in README.md.
 
 import contextlib
 import dataclasses
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from pretrain.files import is_out_of_space
 
 SHORTEST_SEGMENT_S = 0.1
 LONGEST_SEGMENT_S = 86400
+LONGEST_GOP = 100_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +92,8 @@ class PackConfig:
         refuse_pool_options(self.jobs, self.stall_s)
         if self.part is not None:
             parse_part(self.part)
+        if self.gop > LONGEST_GOP:
+            raise Refused(f"gop: {self.gop} does not do; use 1 to {LONGEST_GOP}")
         for name, least in (("gop", 1), ("samples_per_shard", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise Refused(f"{name}: {getattr(self, name)} does not do; use {least} or more")
@@ -154,7 +158,7 @@ def pack(config: PackConfig) -> PackSummary:
                     summary = summary_of_part(folder.path, part, len(sources.classes), records, None not in before)
     if summary is None:
         summary = summary_of_set(folder, finished_before)
-    summary = dataclasses.replace(summary, ignored=sources.ignored)
+    summary = dataclasses.replace(summary, ignored=sources.ignored, outside=sources.outside)
     show_summary(summary)
     return summary
 
@@ -196,7 +200,7 @@ def _pack_shards(
         for planned, record in zip(shards, before, strict=True):
             if record is None:
                 rejected: list[Rejection] = []
-                entry = write_shard(folder.path / planned.name, _accepted(planned, results, rejected, progress))
+                entry = write_shard(folder.path / planned.name, _accepted(plan, planned, results, rejected, progress))
                 record = ShardRecord(entry, tuple(rejected))
                 folder.commit(planned.name, record)
             records.append(record)
@@ -204,16 +208,24 @@ def _pack_shards(
 
 
 def _accepted(
+    plan: PackPlan,
     planned: PlannedShard,
     results: Iterator[Transcoded | str],
     rejected: list[Rejection],
     progress: TaskProgress,
 ) -> Iterator[PackedSample]:
-    """Takes one result for each video of a shard; yields those that can go in, and puts the others on the list."""
+    """Takes one result for each video of a shard; yields those that can go in, and puts the others on the list.
+
+    Raises:
+        OSError: A video that was there when the pack started is gone: not it is bad, but a disk went away.
+    """
     for video, result in zip(planned.videos, results, strict=False):
         if isinstance(result, Transcoded):
             yield PackedSample(video.key, video.path, video.label, result, video.segment)
         else:
+            path = plan.sources.root / video.path
+            if video.path not in plan.missing and not os.path.exists(path):
+                raise FileNotFoundError(errno.ENOENT, f"{path} is gone; see whether its disk is still mounted")
             segment = "" if video.segment is None else f" (segment {video.segment})"
             rejected.append(Rejection(video.path, result + segment))
         progress.advance(bad=isinstance(result, str))

@@ -12,6 +12,7 @@ whole set, a pack in one piece or a merge, has `lock` alone.
 import contextlib
 import dataclasses
 import fcntl
+import itertools
 import json
 import shutil
 from collections.abc import Iterable, Iterator
@@ -27,6 +28,7 @@ from pretrain.files import is_out_of_space, write_json, write_text, write_text_o
 PLAN_NAME = "pack.json"
 REJECTED_NAME = "rejected.jsonl"
 WORK_NAME = ".packing"
+PARTS_NAME = "parts"
 NEEDED_TO_MERGE = ("videos", "samples_per_shard", "classes", "fps", "short_side")
 DAMAGED = (ValueError, KeyError, TypeError, RecursionError)
 """What reading a damaged file of JSON raises."""
@@ -98,7 +100,7 @@ class PackFolder:
         with self._locked(part):
             if not self.is_finished():
                 write_text_once(self.path / PLAN_NAME, json.dumps(plan.settings, indent=2) + "\n")
-                write_text_once(self.work / "parts", f"{part.parts if part else 1}\n")
+                write_text_once(self.work / PARTS_NAME, f"{part.parts if part else 1}\n")
                 self.check(plan, part)
                 shards = plan.shards if part is None else part.share(plan.shards)
                 self._remove_leftovers(None if part is None else {planned.name for planned in shards})
@@ -150,10 +152,12 @@ class PackFolder:
             settings = json.loads(path.read_text())
             shard_names(settings["videos"], settings["samples_per_shard"])
             return {name: settings[name] for name in NEEDED_TO_MERGE}
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             remedy = "pack into it with `tubelet pack VIDEOS SHARDS --part I/N` first"
             raise Refused(f"{self.path}: holds no {PLAN_NAME}, so no pack was begun there; {remedy}") from error
-        except (OSError, ArithmeticError, *DAMAGED) as error:
+        except OSError as error:
+            raise Refused(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+        except (ArithmeticError, *DAMAGED) as error:
             remedy = f"remove {self.path} and pack again"
             raise Refused(f"{path}: not the settings of a pack ({error}); {remedy}") from error
 
@@ -184,6 +188,9 @@ class PackFolder:
         rejected = [rejection for record in records for rejection in record.rejected]
         shards = [record.shard for record in records if record.shard is not None]
         if not shards:
+            # The plan last: without it, what is left would pass for the records of the next pack.
+            for path in (self.work / PARTS_NAME, *map(self._record_path, names)):
+                path.unlink(missing_ok=True)
             (self.path / PLAN_NAME).unlink()
             first = f"{rejected[0].source}: {rejected[0].reason}"
             raise Refused(f"{self.path}: none of the {len(rejected)} videos can be packed ({first}); check the files")
@@ -266,7 +273,7 @@ class PackFolder:
 
     def _parts(self) -> int | None:
         """In how many parts the folder is being packed; None if no process has said so yet."""
-        path = self.work / "parts"
+        path = self.work / PARTS_NAME
         try:
             parts = int(path.read_text())
         except FileNotFoundError:
@@ -292,7 +299,10 @@ class PackFolder:
                 raise Refused(
                     f"{self.path}: packed from videos that have changed since (paths, labels or sizes); {remedy}"
                 )
-            raise Refused(f"{self.path}: packed with {name} {before.get(name)}, now {now}; {remedy}")
+            differ = f"{name} {before.get(name)}, now {now}"
+            if name == "classes":
+                differ = f"other classes ({_first_difference(before.get(name), now)})"
+            raise Refused(f"{self.path}: packed with {differ}; {remedy}")
 
     def _compare_parts(self, part: Part | None) -> None:
         before, now = self._parts(), part.parts if part else 1
@@ -304,6 +314,12 @@ class PackFolder:
             f"{self.path}: packed in {shown[before]}, now in {shown[now]}; {remedy}, or remove {self.path} and pack "
             "again"
         )
+
+
+def _first_difference(before: Any, now: list[str]) -> str:
+    pairs = itertools.zip_longest(before if isinstance(before, list) else [], now)
+    number, (one, other) = next((number, pair) for number, pair in enumerate(pairs) if pair[0] != pair[1])
+    return f"number {number} was {'none' if one is None else one}, now {'none' if other is None else other}"
 
 
 def _index(settings: dict[str, Any], shards: list[ShardEntry]) -> dict[str, Any]:

@@ -27,11 +27,13 @@ class PackPlan:
         sources: The videos, their root and their classes.
         shards: Which videos go into which shard, in order.
         settings: All that decides the bytes of the shards, as JSON: two plans with equal settings make equal shards.
+        missing: Paths of the videos that are not there, as annotation files and lists may name.
     """
 
     sources: Sources
     shards: tuple[PlannedShard, ...]
     settings: dict[str, Any]
+    missing: frozenset[str]
 
 
 def make_plan(
@@ -68,6 +70,7 @@ def make_plan(
         PlannedShard(name, tuple(videos[number * samples_per_shard : (number + 1) * samples_per_shard]))
         for number, name in enumerate(shard_names(len(videos), samples_per_shard))
     )
+    sizes_bytes = {video.path: _size_bytes(sources, video) for video in videos}
     settings = {
         "format_version": FORMAT_VERSION,
         "short_side": short_side,
@@ -80,9 +83,10 @@ def make_plan(
         "segment_s": segment_s,
         "classes": list(sources.classes),
         "videos": len(videos),
-        "videos_sha256": _hash_of_videos(sources, videos),
+        "videos_sha256": _hash_of_videos(videos, sizes_bytes),
     }
-    return PackPlan(sources, shards, settings)
+    missing = frozenset(path for path, size_bytes in sizes_bytes.items() if size_bytes < 0)
+    return PackPlan(sources, shards, settings, missing)
 
 
 def shard_names(videos: int, samples_per_shard: int) -> list[str]:
@@ -90,11 +94,11 @@ def shard_names(videos: int, samples_per_shard: int) -> list[str]:
     return [f"shard-{number:06d}.tar" for number in range(-(-videos // samples_per_shard))]
 
 
-def _hash_of_videos(sources: Sources, videos: list[Source]) -> str:
+def _hash_of_videos(videos: list[Source], sizes_bytes: dict[str, int]) -> str:
     """A hash of paths, labels and sizes: when any of them changes, these are other videos."""
     digest = hashlib.sha256()
     for video in videos:
-        digest.update(json.dumps([video.key, video.label, _size_bytes(sources, video)]).encode())
+        digest.update(json.dumps([video.key, video.label, sizes_bytes[video.path]]).encode())
     return digest.hexdigest()
 
 

@@ -10,7 +10,8 @@ from rich.table import Table
 
 from pretrain.data.pack_folder import REJECTED_NAME, PackFolder, Rejection, ShardRecord
 from pretrain.data.pack_parts import Part
-from pretrain.data.terminal import add_reasons
+from pretrain.data.terminal import add_reasons, counted
+from pretrain.errors import printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,7 @@ class PackSummary:
         size_bytes: The size of all shards.
         classes: How many classes there are; 0 if unlabelled.
         ignored: Files in the source folder that are no videos by their suffix, or images beside videos.
+        outside: A video that lies in no class folder, for which the others that do have no labels either.
         finished_before: Whether all of it was finished already, so that nothing was done.
         part: Which part of a pack in parts this is; None for a whole set.
     """
@@ -36,6 +38,7 @@ class PackSummary:
     size_bytes: int
     classes: int
     ignored: int = 0
+    outside: str | None = None
     finished_before: bool = False
     part: Part | None = None
 
@@ -90,11 +93,13 @@ def show_summary(summary: PackSummary, console: Console | None = None) -> None:
     table = Table("", "videos", "")
     table.columns[1].justify = "right"
     table.columns[2].overflow = "fold"
-    size = f"{summary.shards} shards, {summary.size_bytes / 2**20:.1f} MiB, in {summary.folder}"
+    size = f"{counted(summary.shards, 'shard')}, {summary.size_bytes / 2**20:.1f} MiB, in {summary.folder}"
     table.add_row("accepted", str(summary.accepted), escape(size))
     listed = f"listed in {REJECTED_NAME}" + (" by the merge" if summary.part else "")
     table.add_row("rejected", str(len(rejected)), listed if rejected else "")
     add_reasons(table, ((rejection.reason, rejection.source) for rejection in rejected))
+    unlabelled = f"unlabelled: {summary.outside} lies in no class folder" if summary.outside else "unlabelled"
+    table.add_row("classes", str(summary.classes), "" if summary.classes else escape(printable(unlabelled)))
     if summary.ignored:
         table.add_row("ignored", str(summary.ignored), "no videos by their suffix, or images beside videos")
     console.print(table)

@@ -1,8 +1,9 @@
 """Worker processes that yield results in the order of the tasks and outlive a task that kills its worker.
 
 `concurrent.futures` ends all workers, and gives up on every task in flight, when one worker dies (a crash inside
-FFmpeg, the out-of-memory killer). Here a worker has one task at a time, so a death costs that worker and no other: its
-task is tried once more by a new one, and only a task that kills that one too is lost.
+FFmpeg, the out-of-memory killer). Here a worker has one task at a time, so a death costs that worker and no other. Its
+task is tried once more by a new one, since the memory may have been hurt by a task before it, and only a task that
+kills that one too is lost.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any, Generic, TypeVar
 
 from pretrain.data.processes import become_worker, fork_server
-from pretrain.errors import Refused
+from pretrain.errors import Refused, TubeletError
 
 AHEAD = 4
 """Tasks in flight or finished but not yet taken, per worker; bounds the memory that results hold."""
@@ -63,10 +64,14 @@ class WorkerPool(Generic[Task, Result]):
     def __enter__(self) -> "WorkerPool[Task, Result]":
         """Takes over Ctrl-C, if this is the main thread, and makes the workers ready to start."""
         self.in_main_thread = threading.current_thread() is threading.main_thread()
+        try:
+            if self.in_main_thread:
+                fork_server()
+            self.dispatcher = _Dispatcher(self.context, self.function, self.workers)
+        except OSError as error:
+            raise _no_worker(error) from error
         if self.in_main_thread:
             self.handler_before = signal.signal(signal.SIGINT, self._interrupt)
-            fork_server()
-        self.dispatcher = _Dispatcher(self.context, self.function, self.workers)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -80,6 +85,7 @@ class WorkerPool(Generic[Task, Result]):
 
         Raises:
             KeyboardInterrupt: Ctrl-C was pressed.
+            TubeletError: No worker can be started.
             Exception: What the function raised.
         """
         tasks = iter(tasks)
@@ -172,22 +178,36 @@ class _Dispatcher:
 
     def _run(self) -> None:
         try:
-            while True:
-                by_connection = {worker.connection: worker for worker in self.workers}
-                for ready in connection.wait([self.woken, *by_connection]):
-                    if ready is self.woken:
-                        self.woken.recv_bytes()
-                        self.todo.append(self.submitted.popleft())
-                    else:
-                        self._take(by_connection[ready])  # type: ignore[index]
+            while self._wait():
                 self._give()
-        except EOFError:  # closed
-            return
-        except BaseException as error:  # what starts no process, for one: the user's thread raises it
+        except BaseException as error:  # the user's thread raises it
             self.failure = error
             for job in [*self.todo, *self.submitted, *(worker.job for worker in self.workers if worker.job)]:
                 with contextlib.suppress(InvalidStateError):
                     job.future.set_exception(error)
+
+    def _wait(self) -> bool:
+        """Takes jobs from the user, and from workers their results or their deaths; returns False to end."""
+        waited_for: dict[Any, _Worker] = {}
+        for worker in self.workers:
+            # A process that a task started may hold its worker's end of the connection open after the worker has died.
+            waited_for |= {worker.connection: worker, worker.process.sentinel: worker}
+        for ready in connection.wait([self.woken, *waited_for]):
+            if ready is self.woken:
+                try:
+                    self.woken.recv_bytes()
+                except EOFError:  # closed
+                    return False
+                self.todo.append(self.submitted.popleft())
+                continue
+            worker = waited_for[ready]
+            if worker not in self.workers:
+                continue
+            if worker.connection.poll():
+                self._take(worker)
+            elif ready is not worker.connection:
+                self._bury(worker)
+        return True
 
     def _give(self) -> None:
         """Gives out jobs, in turn, while there is an idle worker; one that is to run alone waits until all are."""
@@ -197,13 +217,19 @@ class _Dispatcher:
                 return
             worker = next((worker for worker in self.workers if worker.job is None), None)
             if worker is None:
-                worker = _Worker(self.context, self.function, self.lifeline)
+                worker = self._new_worker()
                 self.workers.append(worker)
             worker.job = self.todo.popleft()
             try:
                 worker.connection.send_bytes(worker.job.task)
             except OSError:
                 self._bury(worker)
+
+    def _new_worker(self) -> _Worker:
+        try:
+            return _Worker(self.context, self.function, self.lifeline)
+        except (EOFError, OSError) as error:  # the fork server ends when it cannot fork
+            raise _no_worker(error) from error
 
     def _take(self, worker: _Worker) -> None:
         try:
@@ -229,13 +255,20 @@ class _Dispatcher:
             self.todo.appendleft(job)
 
 
+def _no_worker(error: Exception) -> TubeletError:
+    return TubeletError(
+        f"a worker process cannot be started ({error}); see whether the limits of processes, files and memory leave "
+        "room for it, or give fewer --jobs"
+    )
+
+
 def _work(function: Callable, tasks: Connection, lifeline: Connection) -> None:
     """What a worker does until this process goes away: each task, whose result or exception it sends."""
     become_worker(lifeline)
     while True:
         try:
             task = pickle.loads(tasks.recv_bytes())
-        except EOFError:
+        except (EOFError, OSError):  # its user was killed
             return
         try:
             answer = pickle.dumps((function(task), None))

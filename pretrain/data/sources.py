@@ -61,12 +61,14 @@ class Sources:
         videos: The videos.
         classes: The names of the classes; empty if unlabelled.
         ignored: How many other files the folder holds.
+        outside: A video that lies in no class folder, for which the others that do have no labels either.
     """
 
     root: Path
     videos: tuple[Source, ...]
     classes: tuple[str, ...]
     ignored: int = 0
+    outside: str | None = None
 
 
 def find_sources(
@@ -93,7 +95,7 @@ def find_sources(
             the folder holds none of the videos that the annotation file names.
     """
     names = read_classes(classes) if classes is not None else None
-    if folder is not None and not Path(folder).is_dir():
+    if folder is not None and not os.path.isdir(folder):
         raise Refused(f"{folder}: no such folder; name a folder of videos")
     if list_file is not None:
         root = Path(folder) if folder is not None else Path(list_file).parent
@@ -145,10 +147,12 @@ def _from_folder(folder: Path, names: tuple[str, ...] | None, unlabelled: bool) 
         other = f" (only {ignored} other files)" if ignored else ""
         known = " ".join(suffix[1:] for suffix in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES))
         raise Refused(f"{folder}: holds no video and no image{other}; they are known by their suffix: {known}")
-    if unlabelled or any("/" not in path for path in paths):
+    outside = [path for path in paths if "/" not in path]
+    if unlabelled or outside:
         if names is not None:
             raise Refused(f"classes: given, but the videos of {folder} are not in class folders; drop it or use --list")
-        return Sources(folder, tuple(Source(path) for path in paths), (), ignored)
+        mixed = not unlabelled and len(outside) < len(paths)
+        return Sources(folder, tuple(map(Source, paths)), (), ignored, outside[0] if mixed else None)
     owners = [path.split("/", 1)[0] for path in paths]
     classes = names if names is not None else tuple(sorted(set(owners)))
     numbers = {name: number for number, name in enumerate(classes)}
@@ -304,7 +308,7 @@ def _by_path(entry: tuple[int, str, str]) -> str:
 def _path_of(line: str, root: Path) -> str:
     """The path in a line of which it is not known whether a label follows."""
     path, _, _ = line.rpartition(" ")
-    return path.strip() if path and not (root / line).exists() and (root / path.strip()).exists() else line
+    return path.strip() if path and not os.path.exists(root / line) and os.path.exists(root / path.strip()) else line
 
 
 def _relative(path: str, root: Path) -> str:

@@ -67,6 +67,11 @@ class TaskProgress:
         self.console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
 
 
+def counted(number: int, what: str) -> str:
+    """Returns a number of things in words: `1 shard`, `2 shards`."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def add_reasons(table: Table, reasons: Iterable[tuple[str, str]]) -> None:
     """Adds a row of three columns for each reason: how many times it is given, and an example.
 

@@ -9,6 +9,7 @@ deinterlacing, mirroring, blending transparent pictures.
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -75,7 +76,7 @@ def transcode(
             or less than half of the segment. The message is the reason alone, without the file's name.
     """
     try:
-        with av.open(str(source), metadata_errors="ignore", options=OPEN_OPTIONS) as container:
+        with _opened(source) as container:
             stream = video_stream(container)
             stream.thread_type = "AUTO"
             stream.codec_context.thread_count = decoder_threads
@@ -95,7 +96,7 @@ def duration_of(source: str | Path, on_progress: Callable[[], object] = lambda: 
         BadSample: The file cannot be opened or holds no video. The message is the reason alone.
     """
     try:
-        with av.open(str(source), metadata_errors="ignore", options=OPEN_OPTIONS) as container:
+        with _opened(source) as container:
             stream = video_stream(container)
             stated_s = Fraction(_tagged_duration_s(stream)).limit_denominator(1000)
             if not stated_s and stream.duration and stream.time_base is not None:
@@ -145,6 +146,11 @@ def fitted_size(width: int, height: int, short_side: int) -> tuple[int, int]:
     """Returns the even width and height, in pixels, that bring the short side down to `short_side`, never up."""
     scale = min(Fraction(1), Fraction(short_side, min(width, height)))
     return max(2, int(width * scale) // 2 * 2), max(2, int(height * scale) // 2 * 2)
+
+
+def _opened(source: str | Path) -> InputContainer:
+    # Absolute: FFmpeg takes what stands before a colon at the start of a name for a protocol.
+    return av.open(os.path.abspath(source), metadata_errors="ignore", options=OPEN_OPTIONS)
 
 
 def _transcode_stream(

@@ -145,6 +145,19 @@ def test_ucf101_numbers_classes_by_its_own_file_in_every_split(ucf101, tmp_path)
     assert find_sources(ucf101.parent, annotations=lists, split="train1").videos[0].path.startswith("UCF-101/Archery/")
 
 
+def test_handstand_pushups_are_one_class_though_ucf101_spells_its_videos_otherwise(tmp_path):
+    lists = {
+        "classInd.txt": "1 HandstandPushups\r\n2 HandstandWalking\r\n",
+        "trainlist01.txt": "HandstandPushups/v_HandStandPushups_g08_c01.avi 1\r\n",
+    }
+    write(tmp_path / "lists", lists)
+    for folder in ("HandstandPushups", "HandStandPushups"):
+        video = f"{folder}/v_HandStandPushups_g08_c01.avi"
+        sources = find_sources(write(tmp_path / folder, {video: ""}), annotations=tmp_path / "lists/trainlist01.txt")
+        assert labels(sources) == {video: "HandstandPushups"}
+        assert sources.classes == ("HandstandPushups", "HandstandWalking")
+
+
 def test_hmdb51_takes_the_split_that_is_asked_for(hmdb51, tmp_path):
     splits = tmp_path / "splits"
     train = find_sources(hmdb51, annotations=splits, split="train1")
@@ -237,3 +250,15 @@ def test_packing_kinetics_cuts_labels_and_lists_what_is_missing(tmp_path):
     write(tmp_path, {"one.csv": "".join(KINETICS.splitlines(keepends=True)[:2])})
     train = find_sources(tmp_path / "v", annotations=tmp_path / "one.csv", classes=str(tmp_path / "out"))
     assert train.classes == shards.classes, "a subset can take the classes of shards that are packed"
+
+
+def test_hmdb51_packs_videos_whose_names_hold_what_shells_and_players_take_for_more(tmp_path, monkeypatch):
+    names = ("#1_%03d_(a)_ride_f.avi", "a;b&c_[x]_ride_f.avi", "http:a_ride_f.avi")
+    for number, name in enumerate(names):
+        make_video(tmp_path / "ride_bike" / name, frames=6, codec="mpeg4", seed=number)
+    write(tmp_path / "splits", {"ride_bike_test_split1.txt": "".join(f"{name} 1 \n" for name in names)})
+    monkeypatch.chdir(tmp_path / "ride_bike")
+    assert pack(PackConfig(source=".", out="../out", annotations="../splits", split="train1", jobs=1)).accepted == 3
+    shards = ShardSet.open(tmp_path / "out")
+    assert {shards.read(number).metadata["source"] for number in range(3)} == set(names)
+    assert shards.classes == ("ride_bike",)

@@ -181,7 +181,7 @@ def test_a_decoder_that_makes_no_progress_costs_its_sample_only(tmp_path):
         (["EMPTY", "--stall-s", "0"], "stall_s: 0.0 does not do"),
         (["EMPTY", "--jobs", "-1"], "jobs: -1 does not do"),
         (["EMPTY", "more"], "more: is one folder too many; give SHARDS"),
-        ([], "shards"),
+        ([], "SHARDS: missing; see tubelet check --help"),
     ],
 )
 def test_what_is_no_set_of_shards_is_refused_in_one_line(tmp_path, capsys, arguments, words):

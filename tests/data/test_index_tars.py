@@ -11,6 +11,7 @@ import pytest
 import webdataset
 
 from launch.cli import main
+from pretrain.data import index_tars
 from pretrain.data.check import CheckConfig, check
 from pretrain.data.index_tars import IndexConfig, IndexSummary, index
 from pretrain.data.inspection import read_indexes
@@ -68,9 +69,24 @@ def foreign(videos, tmp_path) -> Path:
     return folder
 
 
+def test_a_tar_that_goes_away_while_it_is_indexed_ends_it_with_one_line(foreign, monkeypatch, capsys):
+    number_classes = index_tars._number_classes
+
+    def go_away(*arguments):
+        (foreign / "00001.tar").unlink()
+        return number_classes(*arguments)
+
+    monkeypatch.setattr(index_tars, "_number_classes", go_away)
+    assert main(["index", str(foreign), "--jobs", "1"]) == 1
+    said = capsys.readouterr().err
+    assert f"tubelet: {foreign / '00001.tar'}: cannot be read (No such file or directory); see whether" in said
+    assert "Traceback" not in said
+    assert {path.name for path in foreign.iterdir()} == {"00000.tar"}
+
+
 def test_tars_are_indexed_in_place_and_stay_as_they_are(foreign, videos, capsys):
     before = {path.name: path.read_bytes() for path in foreign.iterdir()}
-    assert main(["index", str(foreign), "--out", str(foreign), "--jobs", "1"]) == 0
+    assert main(["index", str(foreign), "--jobs", "1"]) == 0
     assert "2 tars, 2 classes" in capsys.readouterr().err
     assert {path.name for path in foreign.iterdir()} == {*before, "00000.idx", "00001.idx", "index.json"}
     assert all((foreign / name).read_bytes() == content for name, content in before.items())
@@ -219,6 +235,12 @@ def test_what_cannot_be_indexed_is_refused_and_nothing_is_written(videos, tmp_pa
     with pytest.raises(Refused, match=words):
         index(IndexConfig(**{"tars": [str(folder)], "out": str(folder), "jobs": 1} | changed))
     assert sorted(folder.iterdir()) == before
+
+
+def test_a_folder_for_the_index_that_cannot_be_is_refused_in_one_line(foreign, capsys):
+    assert main(["index", str(foreign), "--jobs", "1", "--unlabelled", "--out", "x" * 300]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tubelet: ")]
+    assert "cannot be written (File name too long); name another folder" in line
 
 
 def test_tars_are_named_one_by_one_and_a_missing_folder_for_the_index_is_refused(videos, tmp_path, capsys):

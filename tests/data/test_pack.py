@@ -122,6 +122,50 @@ def test_a_folder_without_one_good_video_is_refused_and_leaves_nothing(tmp_path)
     assert not (tmp_path / "out").exists()
 
 
+def test_videos_that_go_away_while_packing_stop_it_and_are_not_bad(tmp_path, monkeypatch):
+    folder = tmp_path / "videos"
+    for number in range(6):
+        make_video(folder / f"{number}.mp4", frames=6, seed=number)
+    (tmp_path / "list.txt").write_text("".join(f"{number}.mp4\n" for number in range(7)))
+    out = tmp_path / "out"
+    options = {"samples_per_shard": 2, "jobs": 1, "unlabelled": True, "list": str(tmp_path / "list.txt")}
+    config = PackConfig(source=str(folder), out=str(out), **options)
+    taking = PackFolder.taking
+
+    def unmount(*arguments):
+        folder.rename(tmp_path / "unmounted")
+        return taking(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PackFolder, "taking", unmount)
+        with pytest.raises(TubeletError, match=r"mp4 is gone; see whether its disk is still mounted; 0 of 4 shards"):
+            pack(config)
+    assert not (out / "index.json").exists()
+    (tmp_path / "unmounted").rename(folder)
+    summary = pack(config)
+    assert summary.accepted == 6
+    assert [rejection.source for rejection in summary.rejected] == ["6.mp4"], "it was never there"
+
+
+def test_what_a_pack_made_of_folders_is_told(tmp_path, capsys):
+    make_video(tmp_path / "videos/jump/a.mp4", frames=6)
+    make_video(tmp_path / "videos/b.mp4", frames=6)
+    pack(PackConfig(source=str(tmp_path / "videos"), out=str(tmp_path / "out"), jobs=1))
+    assert "unlabelled: b.mp4 lies in no class folder" in capsys.readouterr().err
+    (tmp_path / "videos/b.mp4").rename(tmp_path / "videos/jump/b.mp4")
+    with pytest.raises(Refused, match=r"packed with other classes \(number 0 was none, now jump\); name another"):
+        pack(PackConfig(source=str(tmp_path / "videos"), out=str(tmp_path / "out"), jobs=1))
+
+
+def test_nothing_is_taken_from_a_pack_without_one_good_video_that_was_killed_at_its_end(videos, tmp_path, monkeypatch):
+    truncate(make_video(tmp_path / "bad/0.mp4"), 0.5)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", lambda *_, **__: None)  # the last thing it would have done
+        with pytest.raises(Refused, match="none of the 1 videos"):
+            pack(PackConfig(source=str(tmp_path / "bad"), out=str(tmp_path / "out"), jobs=1))
+    assert pack(PackConfig(source=str(videos), out=str(tmp_path / "out"), samples_per_shard=9, jobs=1)).accepted == 8
+
+
 def test_a_folder_of_other_things_is_refused_and_untouched(videos, tmp_path):
     (tmp_path / "thesis.tex").write_text("text")
     with pytest.raises(Refused, match=r"holds thesis\.tex"):
@@ -133,7 +177,7 @@ def test_a_folder_of_other_things_is_refused_and_untouched(videos, tmp_path):
     ("field", "value"),
     [
         *(("short_side", 15), ("short_side", 99), ("fps", 0), ("gop", 0), ("samples_per_shard", 0), ("jobs", -1)),
-        *(("stall_s", 0), ("stall_s", float("nan")), ("stall_s", float("inf"))),
+        *(("gop", 10**10), ("stall_s", 0), ("stall_s", float("nan")), ("stall_s", float("inf"))),
     ],
 )
 def test_options_out_of_range_are_refused_by_name(videos, tmp_path, field, value):

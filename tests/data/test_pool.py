@@ -86,3 +86,47 @@ def test_workers_go_on_while_a_result_is_used(tmp_path):
             time.sleep(0.01)
         assert len(list(tmp_path.iterdir())) == 4
         assert list(results) == [1, 2, 3]
+
+
+def leave_a_process_and_die(folder: Path) -> None:
+    """Starts a process that holds all that this one has open, as some libraries do, and crashes."""
+    if os.fork() == 0:
+        (folder / str(os.getpid())).touch()
+        time.sleep(40)
+        os._exit(0)
+    while not list(folder.iterdir()):
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def test_the_death_of_a_worker_is_noticed_though_a_process_that_it_started_lives_on(tmp_path):
+    start_s = time.monotonic()
+    with WorkerPool(leave_a_process_and_die, 1) as pool:
+        (result,) = pool.map([tmp_path])
+    assert isinstance(result, Died)
+    assert time.monotonic() - start_s < 30
+    for left in tmp_path.iterdir():
+        os.kill(int(left.name), signal.SIGKILL)
+
+
+STARTS_NO_WORKER = """
+import resource
+from multiprocessing import forkserver
+from pretrain.data.pool import WorkerPool
+from pretrain.errors import TubeletError
+if __name__ == "__main__":
+    try:
+        with WorkerPool(abs, 1) as pool:
+            resource.prlimit(forkserver._forkserver._forkserver_pid, resource.RLIMIT_NOFILE, (3, 3))
+            list(pool.map([-1]))
+    except TubeletError as error:
+        print(error)
+"""
+
+
+def test_a_pool_that_can_start_no_worker_says_so_instead_of_waiting(tmp_path):
+    script = tmp_path / "starts_none.py"
+    script.write_text(STARTS_NO_WORKER)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=30)
+    assert result.stdout.startswith("a worker process cannot be started ("), result.stderr

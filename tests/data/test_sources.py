@@ -38,6 +38,27 @@ def test_a_folder_with_videos_beside_folders_is_unlabelled(tmp_path):
     assert (sources.classes, labels(sources)) == ((), {"a.mp4": None, "jump/b.mp4": None})
 
 
+def test_the_video_that_leaves_class_folders_without_labels_is_named(tmp_path):
+    touch(tmp_path, "jump/b.mp4")
+    assert find_sources(tmp_path).outside is None
+    assert find_sources(touch(tmp_path, "a.mp4")).outside == "a.mp4"
+    assert find_sources(tmp_path, unlabelled=True).outside is None
+    (tmp_path / "jump/b.mp4").unlink()
+    assert find_sources(tmp_path).outside is None
+
+
+def test_more_class_names_than_a_path_has_letters_are_class_names():
+    names = tuple(f"class {number}" for number in range(700))
+    assert read_classes(",".join(names)) == names
+    with pytest.raises(Refused, match="is no file"):
+        read_classes("x" * 5000)
+    with pytest.raises(Refused, match="'a' stands twice") as caught:
+        read_classes("a," * 5000)
+    assert len(str(caught.value)) < 400
+    with pytest.raises(Refused, match="no such folder"):
+        find_sources("x" * 5000)
+
+
 def test_labels_can_be_left_out(tmp_path):
     sources = find_sources(touch(tmp_path, "run/b.mp4", "jump/a.mp4"), unlabelled=True)
     assert (sources.classes, labels(sources)) == ((), {"jump/a.mp4": None, "run/b.mp4": None})

@@ -1,9 +1,11 @@
 """The command line: what is wrong is one line on standard error and exit code 2; dashes do as well as underscores."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
+from launch import cli
 from launch.cli import main
 from pretrain.data.shards import ShardSet
 from tests.runs import tiny_pretraining
@@ -98,8 +100,12 @@ def test_a_pretraining_run_that_cannot_be_is_refused_in_one_line(recipe, tmp_pat
         (["evaluate", "--model", "x", "--shards", "y", "--decoder", "ffmpeg"], "decoder: "),
         (["predict", "clip.mp4", "--model", "/nowhere"], "/nowhere: has no config.json"),
         (["pack", "/nowhere", "/tmp/never-written"], "/nowhere: no such folder"),
-        (["pack", "/nowhere"], "out"),
-        (["pack", "a", "b", "c"], "c: is one folder too many; give SRC and OUT"),
+        (["pack", "/nowhere"], "SHARDS: missing; see tubelet pack --help"),
+        (["index"], "TARS: missing; see tubelet index --help"),
+        (["pack", "a", "b", "--fps", "many"], "fps: expected float, got many"),
+        (["pack", "a", "b", "--config", sys.executable], "config: not a YAML file ("),
+        (["merge", __file__], f"{__file__}: holds no pack.json, so no pack was begun there"),
+        (["pack", "a", "b", "c"], "c: is one folder too many; give VIDEOS and SHARDS"),
         (["pack", "/nowhere", "/tmp/never-written", "--short-sied", "3"], "did you mean short_side?"),
         (["pack", "/nowhere", "/tmp/never-written", "--short-side", "33"], "short_side: 33 does not do"),
         (["pack", "/tmp", "/tmp/never-written", "--annotations", "/nowhere.csv"], "/nowhere.csv: no such file"),
@@ -129,11 +135,23 @@ def test_no_command_shows_the_usage_and_help_is_no_error(capsys):
     assert capsys.readouterr().out.count("tubelet COMMAND --help") == 2
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.strip()
-    for command in ("pretrain", "finetune", "pack", "evaluate", "predict"):
+    for command in ("pretrain", "finetune", "pack", "merge", "index", "check", "inspect", "evaluate", "predict"):
         with pytest.raises(SystemExit) as ended:
             main([command, "--help"])
         assert ended.value.code == 0
-        assert "--" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert "--" in said
+        assert "default: null" not in said
+
+
+def test_the_help_shows_what_may_stand_without_a_name(capsys):
+    for command, arguments in (("pack", "[VIDEOS] SHARDS"), ("index", "TARS"), ("check", "SHARDS")):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        said = capsys.readouterr().out
+        assert said.startswith(f"usage: tubelet {command} {arguments} [--FIELD VALUE ...]\n")
+        assert "recipe" not in said, "these commands have none"
+    assert "SHARDS, --shards SHARDS" in said
 
 
 @pytest.mark.parametrize(
@@ -173,3 +191,12 @@ def test_ranks_other_than_0_leave_it_to_rank_0_to_tell_what_is_wrong_with_an_eva
         monkeypatch.setenv("RANK", rank)
         assert main(["evaluate", "--model", "/nowhere", "--shards", "/nowhere", *option]) == 2
         assert capsys.readouterr().err.count("\n") == lines
+
+
+def test_ctrl_c_while_a_command_is_imported_is_one_line(capsys, monkeypatch):
+    def interrupt(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_pack", interrupt)
+    assert main(["pack", "videos", "shards"]) == 130
+    assert capsys.readouterr().err == "tubelet: interrupted before anything was done\n"
