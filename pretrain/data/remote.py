@@ -125,21 +125,22 @@ class RemoteFolder:
     def fetch_ahead(self, entry: ShardEntry, stopped: threading.Event) -> None:
         """Downloads a shard into the cache, unless it is there, others do so, or `stopped` is set meanwhile.
 
+        One that is there counts as used now, so that those fetched after it do not push it out.
+
         Raises:
             TubeletError: As `open_shard`.
         """
-        if not _cache(self.cache).has(self._name(entry)):
-            with contextlib.suppress(Busy, _Stopped):
-                os.close(self._open_shard(entry, stopped)[0])
+        with contextlib.suppress(Busy, _Stopped):
+            os.close(self._open_shard(entry, stopped)[0])
 
     def drop_if_damaged(self, entry: ShardEntry) -> bool:
         """Removes a shard from the cache if the disk has changed its bytes; returns whether it had."""
         descriptor, _ = self._open_shard(entry)
         with open(descriptor, "rb") as file:
             damaged = hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256
-        if damaged:
-            logger.warning("%s: its copy in %s is damaged; fetching it again", self / entry.name, self.cache.path)
-            _cache(self.cache).remove(self._name(entry))
+            if damaged:
+                logger.warning("%s: its copy in %s is damaged; fetching it again", self / entry.name, self.cache.path)
+                _cache(self.cache).remove(self._name(entry), descriptor)
         return damaged
 
     def _name(self, entry: ShardEntry) -> str:
