@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
 import logging
 import os
 import random
@@ -22,7 +21,7 @@ from typing import TypeVar
 from pretrain.data import transfer
 from pretrain.data.part_files import Busy
 from pretrain.data.shard_cache import CacheConfig, Part, ShardCache, cache_name
-from pretrain.data.shard_index import INDEX_NAME, ShardEntry
+from pretrain.data.shard_index import INDEX_NAME, ShardEntry, parse_json_object
 from pretrain.errors import Refused, TubeletError
 
 logger = logging.getLogger(__name__)
@@ -62,13 +61,13 @@ class RemoteFolder:
 
     def __truediv__(self, name: str) -> str:
         """Returns the URL of a file."""
-        return f"{self.url}/{name if self.url.startswith('s3:') else urllib.parse.quote(name)}"
+        return f"{self.url}/{name if self.url.startswith('s3:') else urllib.parse.quote(os.fsencode(name))}"
 
     def read_index(self) -> bytes:
         """Returns `index.json`, always the server's.
 
         Raises:
-            Refused: There is none, it is not given to us, or it is no JSON.
+            Refused: There is none, it is not given to us, or it is no JSON object.
             TubeletError: It cannot be fetched, not even after a while.
         """
         url = self / INDEX_NAME
@@ -76,9 +75,9 @@ class RemoteFolder:
         def attempt(fresh: bool) -> bytes:
             content = _read(url, fresh, None)
             try:
-                json.loads(content)
-            except ValueError:
-                raise _WrongContent("what it holds is no JSON") from None
+                parse_json_object(content)
+            except ValueError as error:
+                raise _WrongContent(str(error)) from None
             return content
 
         return _patiently(url, attempt)

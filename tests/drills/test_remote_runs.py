@@ -130,10 +130,36 @@ def test_an_s3_that_refuses_the_key_or_is_away_is_one_line_without_the_key(tmp_p
     with pytest.raises(TubeletError, match=r"index\.json: cannot be fetched \(.+\), not even after") as away:
         folder.read_index()
     (tmp_path / BUCKET / "set").mkdir(parents=True)
-    (tmp_path / BUCKET / "set" / "index.json").write_text("{}")
+    (tmp_path / BUCKET / "set" / "index.json").write_text("{" + " " * 1000 + "}")
     s3fs.S3FileSystem.clear_instance_cache()  # it knows the other server
     with serving(tmp_path) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
-        with pytest.raises(Refused, match=r"index\.json: is not given to us \(access denied\); put the key") as refused:
+        with pytest.raises(
+            Refused, match=r"index\.json: is not given to us \(access denied: Forbidden\); put the key"
+        ) as refused:
+            folder.read_index()
+        server.head = 400
+        with pytest.raises(Refused, match=r"S3 refuses the request \(.+\); check that the login has not expired"):
+            folder.read_index()
+        server.head = 200
+        monkeypatch.setattr(transfer, "S3_BLOCK_S", 0.3)
+        server.tricks[f"{BUCKET}/set/index.json"] = [tricks.creep(3)] * 2
+        with pytest.raises(
+            TubeletError, match=r"cannot be fetched \(it sent nothing, or next to nothing, for too long"
+        ):
             folder.read_index()
     assert "hunter2" not in str(away.value) + str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("AWS_ENDPOINT_URL", "localhost:9000", "Invalid endpoint: localhost:9000"),
+        ("AWS_PROFILE", "nobody", r"The config profile \(nobody\) could not be found"),
+    ],
+)
+def test_settings_of_aws_that_cannot_be_are_told_at_once(tmp_path, monkeypatch, name, value, reason):
+    s3fs.S3FileSystem.clear_instance_cache()
+    monkeypatch.setenv(name, value)
+    with pytest.raises(Refused, match=rf"^s3://videos/set/index\.json: S3 cannot be asked \({reason}\); check the AWS"):
+        RemoteFolder(f"s3://{BUCKET}/set", CacheConfig(str(tmp_path / "cache"))).read_index()
