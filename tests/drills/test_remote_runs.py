@@ -9,8 +9,10 @@ from pathlib import Path
 import boto3
 import pytest
 import s3fs
+import yaml
 from moto.server import ThreadedMotoServer
 
+from launch.cli import main
 from pretrain.data import remote, transfer
 from pretrain.data.remote import RemoteFolder
 from pretrain.data.shard_cache import CacheConfig
@@ -46,6 +48,24 @@ def test_a_run_from_a_url_is_the_run_from_the_folder_and_goes_on_from_there(pack
     *moved, text = record_of(out)
     assert "going on from step 4" in text
     assert tuple(moved) == expected
+
+
+def test_a_run_on_a_mixture_of_a_folder_and_a_url_is_the_run_on_folders(packed_shards, other_shards, tmp_path):
+    recipe = tiny_pretraining(tmp_path, packed_shards)
+    content = yaml.safe_load(recipe.read_text())
+    del content["data"]["shards"]
+
+    def weights_of(name: str, *places: object) -> bytes:
+        content["data"] |= {"mixture": dict(zip(map(str, places), (2, 1), strict=True)), "global_batch": 6, "lanes": 3}
+        recipe.write_text(yaml.safe_dump(content, sort_keys=False))
+        folders = ["--out", str(tmp_path / name), "--data.cache.folder", str(tmp_path / "cache")]
+        assert main(["pretrain", "--config", str(recipe), *folders, "--steps", "4"]) == 0
+        return (tmp_path / name / "encoder" / "model.safetensors").read_bytes()
+
+    expected = weights_of("folders", packed_shards, other_shards)
+    with serving(other_shards) as server:
+        assert weights_of("both", packed_shards, server.url) == expected
+        assert {times for name, times in server.sent.items() if name != "index.json"} == {1}
 
 
 @pytest.fixture
