@@ -1,6 +1,7 @@
 """A real HTTP server on loopback that serves a folder of shards and misbehaves on request."""
 
 import contextlib
+import gzip
 import http.server
 import socket
 import socketserver
@@ -25,6 +26,7 @@ class ShardServer:
         sent: How often each file was sent whole.
         headers: The headers of the last request for each path.
         tricks: For each path the answers to its next requests, the first one first; None is a good answer.
+        head: The status of every answer to HEAD, which only a client of S3 sends.
     """
 
     def __init__(self, folder: Path, port: int = 0) -> None:
@@ -33,6 +35,7 @@ class ShardServer:
         self.sent: Counter[str] = Counter()
         self.headers: dict[str, dict[str, str]] = {}
         self.tricks: dict[str, list[Trick | None]] = {}
+        self.head = 403
         self._lock = threading.Lock()
         served = self
 
@@ -41,8 +44,10 @@ class ShardServer:
                 served.answer(self, folder)
 
             def do_HEAD(self) -> None:
-                """Refuses; only a client of S3 asks so."""
-                self.send_error(403)
+                path = folder / unquote(self.path).lstrip("/")
+                self.send_response(served.head)
+                self.send_header("Content-Length", str(path.stat().st_size if path.is_file() else 0))
+                self.end_headers()
 
             def log_message(self, format: str, *arguments: object) -> None:
                 """Says nothing."""
@@ -71,10 +76,10 @@ class ShardServer:
         if not path.is_file():
             request.send_error(404)
             return
-        (trick or send)(request, path.read_bytes())
         if trick is None:
             with self._lock:
-                self.sent[name] += 1
+                self.sent[name] += 1  # before the client can have it all, and look here
+        (trick or send)(request, path.read_bytes())
 
     def close(self) -> None:
         """Stops to listen."""
@@ -139,6 +144,45 @@ def truncate_without_length(request: http.server.BaseHTTPRequestHandler, content
     request.send_response(200)
     request.end_headers()
     request.wfile.write(content[: len(content) // 2])
+
+
+def chunked(request: http.server.BaseHTTPRequestHandler, content: bytes, end: bytes = b"0\r\n\r\n") -> None:
+    """All of the file, in chunks, as HTTP/1.1 sends what it has no length of."""
+    request.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+    for start in range(0, len(content), 1000):
+        chunk = content[start : start + 1000]
+        request.wfile.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
+    request.wfile.write(end)
+
+
+def truncate_chunks(request: http.server.BaseHTTPRequestHandler, content: bytes) -> None:
+    """Half of the file in chunks, and then the end of the connection within another one."""
+    chunked(request, content[: len(content) // 2], b"3e8\r\nhalf of it")
+
+
+def hang_up(request: http.server.BaseHTTPRequestHandler, content: bytes) -> None:
+    """No answer at all."""
+
+
+def redirect(location: str) -> Trick:
+    """Sends the client elsewhere."""
+
+    def trick(request: http.server.BaseHTTPRequestHandler, content: bytes) -> None:
+        request.send_response(302)
+        request.send_header("Location", location)
+        request.end_headers()
+
+    return trick
+
+
+def compress(request: http.server.BaseHTTPRequestHandler, content: bytes) -> None:
+    """The file compressed, though nobody asked for it."""
+    packed = gzip.compress(content)
+    request.send_response(200)
+    request.send_header("Content-Encoding", "gzip")
+    request.send_header("Content-Length", str(len(packed)))
+    request.end_headers()
+    request.wfile.write(packed)
 
 
 def reset(request: http.server.BaseHTTPRequestHandler, content: bytes) -> None:

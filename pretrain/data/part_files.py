@@ -28,8 +28,8 @@ def locked_part(path: Path, wait: bool) -> Iterator[int]:
     try:
         yield descriptor
     finally:
-        if _is_at(descriptor, path):
-            path.unlink()
+        if is_at(descriptor, path):
+            path.unlink(missing_ok=True)
         os.close(descriptor)
 
 
@@ -46,14 +46,11 @@ def locked(path: Path) -> Iterator[None]:
 
 def remove_if_abandoned(path: Path) -> bool:
     """Removes a part whose writer is gone; returns False if one is writing it."""
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except PermissionError:  # another user's
-        return False
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if _is_at(descriptor, path):
-            path.unlink()
+        if is_at(descriptor, path):
+            path.unlink(missing_ok=True)
         return True
     except BlockingIOError:
         return False
@@ -75,12 +72,20 @@ def allocate(descriptor: int, size_bytes: int) -> bool:
         return False
 
 
+def is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is still the one at a path."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 def _lock(path: Path, wait: bool) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            if _is_at(descriptor, path):
+            if is_at(descriptor, path):
                 os.ftruncate(descriptor, 0)
                 return descriptor
         except BlockingIOError:
@@ -90,11 +95,3 @@ def _lock(path: Path, wait: bool) -> int:
             os.close(descriptor)
             raise
         os.close(descriptor)
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether an open file is still the one at a path."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False

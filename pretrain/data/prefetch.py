@@ -152,7 +152,11 @@ def prefetched(sets: Sequence[ShardSet], requests: Iterable[Any]) -> Iterator[It
 
     # An order keeps the windows that it last shuffled, so a second walk needs an order of its own.
     places = (
-        [(request.set_number, sets[request.set_number].locate(request.sample)[0]) for request in batch]
+        [
+            (request.set_number, sets[request.set_number].locate(request.sample)[0])
+            for request in batch
+            if isinstance(sets[request.set_number].folder, RemoteFolder)
+        ]
         for batch in copy.deepcopy(requests)
     )
     prefetcher = Prefetcher(requests, LookAhead(places, limit), fetch)

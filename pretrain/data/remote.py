@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
 import logging
 import os
 import random
@@ -22,7 +21,7 @@ from typing import TypeVar
 from pretrain.data import transfer
 from pretrain.data.part_files import Busy
 from pretrain.data.shard_cache import CacheConfig, Part, ShardCache, cache_name
-from pretrain.data.shard_index import INDEX_NAME, ShardEntry
+from pretrain.data.shard_index import INDEX_NAME, ShardEntry, parse_json_object
 from pretrain.errors import Refused, TubeletError
 
 logger = logging.getLogger(__name__)
@@ -62,13 +61,13 @@ class RemoteFolder:
 
     def __truediv__(self, name: str) -> str:
         """Returns the URL of a file."""
-        return f"{self.url}/{name if self.url.startswith('s3:') else urllib.parse.quote(name)}"
+        return f"{self.url}/{name if self.url.startswith('s3:') else urllib.parse.quote(os.fsencode(name))}"
 
     def read_index(self) -> bytes:
         """Returns `index.json`, always the server's.
 
         Raises:
-            Refused: There is none, it is not given to us, or it is no JSON.
+            Refused: There is none, it is not given to us, or it is no JSON object.
             TubeletError: It cannot be fetched, not even after a while.
         """
         url = self / INDEX_NAME
@@ -76,9 +75,9 @@ class RemoteFolder:
         def attempt(fresh: bool) -> bytes:
             content = _read(url, fresh, None)
             try:
-                json.loads(content)
-            except ValueError:
-                raise _WrongContent("what it holds is no JSON") from None
+                parse_json_object(content)
+            except ValueError as error:
+                raise _WrongContent(str(error)) from None
             return content
 
         return _patiently(url, attempt)
@@ -125,21 +124,22 @@ class RemoteFolder:
     def fetch_ahead(self, entry: ShardEntry, stopped: threading.Event) -> None:
         """Downloads a shard into the cache, unless it is there, others do so, or `stopped` is set meanwhile.
 
+        One that is there counts as used now, so that those fetched after it do not push it out.
+
         Raises:
             TubeletError: As `open_shard`.
         """
-        if not _cache(self.cache).has(self._name(entry)):
-            with contextlib.suppress(Busy, _Stopped):
-                os.close(self._open_shard(entry, stopped)[0])
+        with contextlib.suppress(Busy, _Stopped):
+            os.close(self._open_shard(entry, stopped)[0])
 
     def drop_if_damaged(self, entry: ShardEntry) -> bool:
         """Removes a shard from the cache if the disk has changed its bytes; returns whether it had."""
         descriptor, _ = self._open_shard(entry)
         with open(descriptor, "rb") as file:
             damaged = hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256
-        if damaged:
-            logger.warning("%s: its copy in %s is damaged; fetching it again", self / entry.name, self.cache.path)
-            _cache(self.cache).remove(self._name(entry))
+            if damaged:
+                logger.warning("%s: its copy in %s is damaged; fetching it again", self / entry.name, self.cache.path)
+                _cache(self.cache).remove(self._name(entry), descriptor)
         return damaged
 
     def _name(self, entry: ShardEntry) -> str:

@@ -2,7 +2,7 @@
 
     NAME        a file, whole: it was written aside, synced and renamed
     NAME.part   a file while one process writes it; see `part_files.py`
-    lock        held for the moment in which room is made, so that the bound holds whoever else writes
+    lock        held while room is made and while a part is renamed, so that the bound holds whoever else writes
 
 A part takes all its room on the disk before its first byte comes, so the sizes of the files in the folder tell what is
 taken, and a full disk shows early. Files go in the order of their last use; one that is being read stays readable.
@@ -10,6 +10,7 @@ taken, and a full disk shows early. Files go in the order of their last use; one
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import math
 import os
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from pretrain.data.part_files import Busy, allocate, locked, locked_part, remove_if_abandoned
+from pretrain.data.part_files import Busy, allocate, is_at, locked, locked_part, remove_if_abandoned
 from pretrain.errors import DiskFull, Refused
 from pretrain.files import is_out_of_space, sync_file
 
@@ -43,7 +44,9 @@ class CacheConfig:
     """Shards that a training process downloads before they are needed; 0 downloads what is needed, when it is."""
 
     def validate(self, field: str = "data.cache") -> None:
-        """Raises `Refused` for numbers that cannot be."""
+        """Raises `Refused` for a folder or numbers that cannot be."""
+        if self.folder is not None and not self.folder.strip():
+            raise Refused(f"{field}.folder: is empty; name a folder on a disk of the node, or leave it out")
         if not 0 < self.max_gb < math.inf:
             raise Refused(f"{field}.max_gb: {self.max_gb} must be finite and greater than 0")
         if self.prefetch_shards < 0:
@@ -51,12 +54,17 @@ class CacheConfig:
 
     @property
     def path(self) -> Path:
-        """The folder, wherever it is by default."""
-        if self.folder is not None:
-            return Path(self.folder).expanduser().absolute()
-        if os.environ.get("TMPDIR"):
-            return Path(os.environ["TMPDIR"]).absolute() / f"tubelet-{os.getuid()}"
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "tubelet"
+        """The folder, wherever it is by default; raises `Refused` if that is the home of a user who has none."""
+        try:
+            if self.folder is not None:
+                return Path(self.folder).expanduser().absolute()
+            if os.environ.get("TMPDIR"):
+                return Path(os.environ["TMPDIR"]).absolute() / f"tubelet-{os.getuid()}"
+            return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "tubelet"
+        except RuntimeError:
+            raise Refused(
+                "data.cache.folder: this user has no home folder to keep shards in; give a folder on a disk of the node"
+            ) from None
 
     @property
     def max_bytes(self) -> int:
@@ -111,6 +119,7 @@ class ShardCache:
 
     def __init__(self, config: CacheConfig) -> None:
         """Makes the folder; raises `Refused` where that cannot be."""
+        config.validate()
         self.folder = config.path
         self.max_bytes = config.max_bytes
         with self._told():
@@ -138,10 +147,15 @@ class ShardCache:
             DiskFull: There is no room for it.
             Refused: The folder cannot be written, or the file is larger than the cache.
         """
+        was_swept = False
         with self._told():
             while True:
                 try:
                     return self._open(self.folder / name, is_whole, fill, wait)
+                except FileNotFoundError:  # somebody emptied the folder while the file was written
+                    if was_swept:
+                        raise
+                    was_swept = True
                 except OSError as error:  # some disks give room that they do not have
                     if not is_out_of_space(error) or not self._remove_oldest():
                         raise
@@ -158,19 +172,27 @@ class ShardCache:
             descriptor = _open_whole(path, is_whole)
             if descriptor is None:
                 fill(Part(self, part_path, written, wait))
-                os.fsync(written)
-                descriptor = os.open(part_path, os.O_RDONLY | os.O_CLOEXEC)
-                os.rename(part_path, path)
-                sync_file(self.folder)
+                descriptor = self._finish(written, part_path, path)
             return descriptor, False
 
-    def has(self, name: str) -> bool:
-        """Whether a file is there; it is not looked into."""
-        return (self.folder / name).exists()
+    def _finish(self, written: int, part_path: Path, path: Path) -> int:
+        """Syncs a part, gives it its name and returns a descriptor to read it."""
+        os.fsync(written)
+        with contextlib.ExitStack() as closing:
+            descriptor = os.open(part_path, os.O_RDONLY | os.O_CLOEXEC)
+            closing.callback(os.close, descriptor)
+            if not os.path.samestat(os.fstat(descriptor), os.fstat(written)):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))  # what lies there is another's part
+            with locked(self.folder / LOCK):  # or who makes room now might find it under neither name
+                os.rename(part_path, path)
+            sync_file(self.folder)
+            closing.pop_all()
+        return descriptor
 
-    def remove(self, name: str) -> None:
-        """Removes a file that turned out to be damaged."""
-        (self.folder / name).unlink(missing_ok=True)
+    def remove(self, name: str, descriptor: int) -> None:
+        """Removes a file that turned out to be damaged, unless another has taken the place of the one that is open."""
+        if is_at(descriptor, self.folder / name):
+            (self.folder / name).unlink(missing_ok=True)
 
     def make_room(self, part: Part, size_bytes: int) -> bool:
         """Removes what was used longest ago until a part fits, and gives it its room.
@@ -189,6 +211,8 @@ class ShardCache:
             )
         with locked(self.folder / LOCK):
             finished, writing_bytes = self._files(part)
+            if writing_bytes + size_bytes > self.max_bytes:
+                return False  # and nothing goes in vain
             finished.sort(reverse=True)
             taken = sum(file.size_bytes for file in finished) + writing_bytes
             while True:
@@ -251,7 +275,7 @@ class ShardCache:
 
 def cache_name(url: str, checksum: str, suffix: str) -> str:
     """Returns the name of a file in the cache, which its full URL and checksum make its own."""
-    return hashlib.sha256(f"{url}\n{checksum}".encode()).hexdigest()[:40] + suffix
+    return hashlib.sha256(os.fsencode(f"{url}\n{checksum}")).hexdigest()[:40] + suffix
 
 
 def _open_whole(path: Path, is_whole: Callable[[int], bool]) -> int | None:
@@ -265,7 +289,7 @@ def _open_whole(path: Path, is_whole: Callable[[int], bool]) -> int | None:
         if not is_whole(descriptor):
             path.unlink(missing_ok=True)
             return None
-        with contextlib.suppress(PermissionError):  # another user's, in a folder that several share
+        with contextlib.suppress(OSError):  # a cache that was filled before may lie on a disk that is read only
             os.utime(descriptor)
         closing.pop_all()
     return descriptor

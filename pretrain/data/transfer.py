@@ -6,6 +6,7 @@ Trying again is for who asked (`remote.py`). No message holds more of a URL than
 
 import base64
 import contextlib
+import errno
 import http.client
 import importlib
 import netrc
@@ -16,7 +17,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from pretrain.errors import Refused
@@ -31,8 +32,13 @@ CHUNK_BYTES = 1 << 20
 S3_BLOCK_BYTES = 8 << 20
 S3_TRIES = 2
 """Of s3fs for each block, before the whole file is tried again."""
+S3_BLOCK_S = 300.0
+"""A block that takes longer is an error: S3 too may send a byte now and then."""
 BUSY = (408, 425, 429)
 """HTTP's answers below 500 that ask for another try."""
+COMPRESSED = ("br", "compress", "deflate", "gzip", "x-gzip", "zstd")
+S3_REFUSALS = (errno.EINVAL, errno.EPERM, errno.ENAMETOOLONG, errno.EREMCHG)
+"""What s3fs makes of answers such as 400, which a HEAD with an expired login gets, and 301, that of another region."""
 
 
 class Unavailable(Exception):
@@ -50,7 +56,8 @@ def parse_url(text: str) -> str | None:
     """Returns the URL of a folder, without slashes at its end, or None if the text is a path.
 
     Raises:
-        Refused: The scheme is not read, its package is missing, or the URL holds credentials or a query.
+        Refused: The scheme is not read, its package is missing, no server can be there, or the URL holds credentials or
+            a query.
     """
     found = re.match(r"([\w+.:-]+)://|(pipe):", text)
     if not found:
@@ -60,7 +67,7 @@ def parse_url(text: str) -> str | None:
         raise Refused(
             f"{scheme}: shards are not read from such URLs; give a folder, or an http://, https:// or s3:// URL"
         )
-    parts = urllib.parse.urlsplit(text)
+    parts = _parts_of(text, scheme)
     shown = f"{scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
     if "@" in parts.netloc:
         remedy = "the AWS environment variables or ~/.aws/credentials" if scheme == "s3" else "~/.netrc"
@@ -74,6 +81,21 @@ def parse_url(text: str) -> str | None:
         _import_s3fs(shown)
         return shown.rstrip("/")
     return urllib.parse.quote(shown.rstrip("/"), safe=":/%~!$&'()*+,;=@[]")
+
+
+def _parts_of(text: str, scheme: str) -> urllib.parse.SplitResult:
+    try:
+        parts = urllib.parse.urlsplit(text)
+        if scheme != "s3":  # whose buckets are no hosts
+            (parts.hostname or "").encode("idna")
+            if parts.port == 0 or (parts.netloc and not parts.hostname) or re.search(r"[\0- \x7f]", parts.netloc):
+                raise ValueError
+    except ValueError:  # what Python says of it may tell a part of a password
+        raise Refused(
+            f"{scheme}: the host or the port of this URL cannot be; give {scheme}://HOST/FOLDER or "
+            f"{scheme}://HOST:PORT/FOLDER"
+        ) from None
+    return parts
 
 
 def opened(url: str, fresh: bool = False) -> contextlib.AbstractContextManager[Answer]:
@@ -99,9 +121,28 @@ def _open_http(url: str, fresh: bool) -> Iterator[Answer]:
     if authorization:
         request.add_unredirected_header("Authorization", authorization)
     with _http_errors(url):
-        response = urllib.request.urlopen(request, timeout=STALL_S)
+        response = _opener().open(request, timeout=STALL_S)
     with response:
+        encoding = response.headers.get("Content-Encoding", "").lower()
+        if encoding in COMPRESSED:
+            raise Refused(f"{url}: comes compressed ({encoding}); let the server send its files as they are")
         yield Answer(response.length, _chunks(url, response))
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    """Returns an opener for HTTP and nothing else; the standard one follows a server to ftp:// too."""
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler(),
+        urllib.request.HTTPHandler(),
+        urllib.request.HTTPSHandler(),
+        urllib.request.HTTPRedirectHandler(),
+        urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.HTTPErrorProcessor(),
+        urllib.request.UnknownHandler(),
+    ):
+        opener.add_handler(handler)
+    return opener
 
 
 def _chunks(url: str, response: http.client.HTTPResponse) -> Iterator[bytes]:
@@ -125,16 +166,19 @@ def _chunks(url: str, response: http.client.HTTPResponse) -> Iterator[bytes]:
 
 @contextlib.contextmanager
 def _http_errors(url: str) -> Iterator[None]:
+    way = _proxy_of(url)
     try:
         yield
     except urllib.error.HTTPError as error:
         error.close()
-        told = f"HTTP {error.code} {error.reason}"
+        told = " ".join(["HTTP", str(error.code), http.client.responses.get(error.code, "")]).strip() + way
         if error.code >= 500 or error.code in BUSY:
             raise Unavailable(told) from None
         if error.code in (401, 403, 407):
-            raise _forbidden(url, told, "a login for it into ~/.netrc") from None
+            raise _forbidden(url, told, f"a login for it into {_netrc_with_its_fault()}") from None
         raise _missing(url, told) from None
+    except (http.client.InvalidURL, ValueError):
+        raise _missing(url, f"it, or where its server sends us, is not the URL of a file{way}") from None
     except (OSError, http.client.HTTPException) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         if isinstance(reason, ssl.SSLCertVerificationError):
@@ -142,26 +186,53 @@ def _http_errors(url: str) -> Iterator[None]:
                 f"{url}: its certificate cannot be trusted ({reason.verify_message}); set SSL_CERT_FILE to the "
                 f"certificates of your site"
             ) from None
-        raise Unavailable(_in_words(reason)) from None
+        if isinstance(reason, str):  # nobody was asked: of a scheme that it was sent to, or that a proxy has
+            raise _missing(url, f"{reason}{way}") from None
+        raise Unavailable(_in_words(reason) + way) from None
 
 
-def _in_words(reason: object) -> str:
+def _in_words(reason: BaseException) -> str:
     if isinstance(reason, TimeoutError):
         return f"it sent nothing for {STALL_S:g} s"
+    if isinstance(reason, http.client.RemoteDisconnected | http.client.IncompleteRead):
+        return "it closed the connection too early"
     if isinstance(reason, http.client.HTTPException):
         return f"its answer is not HTTP ({type(reason).__name__})"
-    return getattr(reason, "strerror", None) or type(reason).__name__
+    return getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
+
+
+def _proxy_of(url: str) -> str:
+    """Returns what to add to an error if a proxy stands between, which may be the one that is wrong."""
+    scheme, host = urllib.parse.urlsplit(url)[:2]
+    is_asked = scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host)
+    return f", through ${scheme}_proxy" if is_asked else ""
 
 
 def _authorization(host: str) -> str | None:
     """Returns the header for a host that ~/.netrc knows."""
     try:
         found = netrc.netrc(os.environ.get("NETRC")).authenticators(host)
-    except (OSError, netrc.NetrcParseError):
+    except (OSError, ValueError, netrc.NetrcParseError):
         return None
     if not found:
         return None
     return "Basic " + base64.b64encode(f"{found[0]}:{found[2]}".encode()).decode()
+
+
+def _netrc_with_its_fault() -> str:
+    """Returns the name of the file of logins, and why it is not used if there is one; nothing of what it holds."""
+    name = os.environ.get("NETRC") or "~/.netrc"
+    try:
+        netrc.netrc(os.environ.get("NETRC"))
+    except netrc.NetrcParseError as error:
+        fault = f"its line {error.lineno} cannot be read" if error.lineno else "nobody else may own or read it"
+    except (OSError, ValueError) as error:
+        if isinstance(error, FileNotFoundError):
+            return name
+        fault = "it cannot be read"
+    else:
+        return name
+    return f"{name}, which is not used as it is: {fault}"
 
 
 @contextlib.contextmanager
@@ -170,17 +241,15 @@ def _open_s3(url: str) -> Iterator[Answer]:
     with _s3_errors(url):
         system = _import_s3fs(url).S3FileSystem(config_kwargs=limits)
         system.retries = S3_TRIES
-        file = system.open(url, "rb", block_size=S3_BLOCK_BYTES, cache_type="none")
-    with file:
-        yield Answer(file.size, _blocks(url, lambda: file.read(S3_BLOCK_BYTES)))
+        size_bytes = system.info(url, timeout=S3_BLOCK_S)["size"]
+    yield Answer(size_bytes, _blocks(url, system, size_bytes))
 
 
-def _blocks(url: str, read: Callable[[], bytes]) -> Iterator[bytes]:
-    while True:
+def _blocks(url: str, system: Any, size_bytes: int) -> Iterator[bytes]:
+    for start in range(0, size_bytes, S3_BLOCK_BYTES):
         with _s3_errors(url):
-            block = read()
-        if not block:
-            break
+            end = min(start + S3_BLOCK_BYTES, size_bytes)
+            block = system.cat_file(url, start=start, end=end, timeout=S3_BLOCK_S)
         yield block
 
 
@@ -194,12 +263,34 @@ def _s3_errors(url: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise _missing(url, "no such key or bucket") from None
-    except (PermissionError, exceptions.NoCredentialsError, exceptions.PartialCredentialsError) as error:
-        raise _forbidden(url, "no credentials" if not isinstance(error, OSError) else "access denied", login) from None
+    except PermissionError as error:
+        raise _forbidden(url, f"access denied: {error.strerror or error}", login) from None
+    except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError):
+        raise _forbidden(url, "no credentials", login) from None
     except exceptions.ParamValidationError:
         raise _missing(url, "not the name of a bucket and a key") from None
-    except (OSError, exceptions.BotoCoreError, exceptions.ClientError, aiohttp.ClientError) as error:
-        raise Unavailable(getattr(error, "strerror", None) or type(error).__name__) from None
+    except TimeoutError:
+        raise Unavailable("it sent nothing, or next to nothing, for too long") from None
+    except OSError as error:
+        if error.errno in S3_REFUSALS:
+            raise Refused(
+                f"{url}: S3 refuses the request ({error.strerror}); check that the login has not expired, and the "
+                f"bucket's region"
+            ) from None
+        raise Unavailable(error.strerror or type(error).__name__) from None
+    except (
+        aiohttp.ClientError,
+        exceptions.ClientError,
+        exceptions.ConnectionError,
+        exceptions.HTTPClientError,
+        exceptions.IncompleteReadError,
+        exceptions.CredentialRetrievalError,
+        exceptions.MetadataRetrievalError,
+    ) as error:
+        raise Unavailable(type(error).__name__) from None
+    except (exceptions.BotoCoreError, ValueError) as error:  # a profile, region or endpoint that cannot be
+        reason = " ".join(str(error).split())
+        raise Refused(f"{url}: S3 cannot be asked ({reason}); check the AWS environment variables and ~/.aws") from None
 
 
 def _missing(url: str, reason: str) -> Refused:

@@ -13,7 +13,7 @@ from pretrain.data.order import Order
 from pretrain.data.prefetch import LookAhead, Prefetcher
 from pretrain.data.shard_cache import CacheConfig
 from pretrain.data.shards import ShardSet
-from pretrain.data.training_clips import TrainingClips
+from pretrain.data.training_clips import Request, TrainingClips
 from pretrain.errors import TubeletError
 from tests import shard_server as tricks
 from tests.shard_server import serving
@@ -107,6 +107,17 @@ def test_shards_are_there_before_the_reader_comes(packed_shards, tmp_path):
         assert len(list(batches)) == 10
         assert shards.cache_misses <= 1
         assert all(times == 1 for times in server.sent.values())
+
+
+def test_shards_in_folders_of_a_mixture_take_no_share_of_what_may_be_ahead(packed_shards, other_shards, tmp_path):
+    with serving(other_shards) as server:
+        sets = [ShardSet.open(packed_shards), ShardSet.open(server.url, cache=CacheConfig(str(tmp_path), 1, 1))]
+        requests = [[Request(sample, 0, 0)] for sample in range(11)] + [[Request(0, 0, 0, set_number=1)]]
+        with prefetch.prefetched(sets, requests):
+            deadline = time.monotonic() + 5
+            while not list(tmp_path.glob("*.tar")) and time.monotonic() < deadline:
+                time.sleep(0.01)
+        assert len(list(tmp_path.glob("*.tar"))) == 1
 
 
 def test_the_reader_fetches_what_could_not_be_fetched_ahead(read, packed_shards, tmp_path, monkeypatch):

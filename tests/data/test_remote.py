@@ -37,7 +37,7 @@ IDX = "shard-000001.idx"
 def quick(monkeypatch) -> None:
     """Pauses and time limits of hundredths of a second."""
     monkeypatch.setattr(remote, "RETRY_AFTER_S", (0.01, 0.02, 0.04, 0.08))
-    monkeypatch.setattr(transfer, "STALL_S", 0.15)
+    monkeypatch.setattr(transfer, "STALL_S", 0.5)
 
 
 @pytest.fixture
@@ -84,9 +84,11 @@ SURVIVED = [
     tricks.status(500),
     tricks.status(503),
     tricks.status(429),
-    tricks.stall(0.4),
+    tricks.stall(1.5),
     tricks.truncate,
     tricks.truncate_without_length,
+    tricks.truncate_chunks,
+    tricks.hang_up,
     tricks.reset,
     tricks.understate,
     tricks.overstate,
@@ -129,12 +131,12 @@ def test_a_server_that_creeps_is_given_up_like_one_that_stalls(quick, server, ca
         (TAR, tricks.lengthen, r"it is longer than the \d+ bytes that index\.json says"),
         (TAR, tricks.understate, r"it is \d+ bytes long where index\.json says \d+"),
         (IDX, tricks.other, r"its SHA-256 is [0-9a-f]{64} where index\.json says [0-9a-f]{64}"),
-        ("index.json", tricks.page, "what it holds is no JSON"),
+        ("index.json", tricks.page, "no JSON: Expecting value"),
     ],
 )
 def test_another_file_is_asked_for_once_more_past_caches_and_then_named(quick, server, cache, name, trick, words):
     server.tricks[name] = [trick] * 9
-    with pytest.raises(Refused, match=f"/{name}: {words}, also when asked again; copy the whole set") as caught:
+    with pytest.raises(Refused, match=f"/{name}: {words}.*, also when asked again; copy the whole set") as caught:
         ShardSet.open(server.url, cache=cache).read(4)
     assert str(caught.value).startswith(server.url)
     assert server.asked[name] == 2
@@ -149,6 +151,49 @@ def test_a_file_that_is_not_there_or_not_given_is_named_at_once(server, cache, p
     with pytest.raises(Refused, match=rf"{TAR}: is not given to us \(HTTP 403 Forbidden\); put a login"):
         ShardSet.open(server.url, cache=cache).read(4)
     assert server.asked[TAR] == 1
+
+
+def test_a_file_without_a_length_and_one_from_elsewhere_are_read(server, cache, packed_shards):
+    server.tricks[TAR] = [tricks.chunked]
+    with serving(packed_shards) as elsewhere:
+        server.tricks["shard-000000.tar"] = [tricks.redirect(f"{elsewhere.url}/shard-000000.tar")]
+        assert content_of(ShardSet.open(server.url, cache=cache)) == content_of(ShardSet.open(packed_shards))
+    assert elsewhere.sent == {"shard-000000.tar": 1}
+    assert server.asked[TAR] == 1
+
+
+@pytest.mark.parametrize(
+    ("trick", "words"),
+    [
+        (tricks.compress, r"comes compressed \(gzip\); let the server send"),
+        (tricks.redirect("/index.json"), r"is not there \(HTTP 302 Found\); check"),
+        (tricks.redirect("file:///etc/hosts?secret"), r"is not there \(HTTP 302 Found\); check"),
+        (tricks.redirect("ftp://127.0.0.1/index.json"), r"is not there \(unknown url type: ftp\); check"),
+        (tricks.redirect("http://[::1/secret"), r"is not there \(it, or where its server sends us, is not the URL"),
+        (lambda request, content: tricks.send(request, b"[" * 100_000), r"its lists lie too deep in each other, also"),
+        (lambda request, content: tricks.send(request, b""), r"no JSON: Expecting value"),
+        (lambda request, content: tricks.send(request, b"[]"), r"holds \[\] in place of an object"),
+    ],
+)
+def test_what_no_further_try_mends_is_told_at_once_in_one_line(quick, server, cache, trick, words):
+    server.tricks["index.json"] = [trick] * 20
+    started = time.monotonic()
+    with pytest.raises(Refused, match=f"^{server.url}/index.json: {words}") as caught:
+        ShardSet.open(server.url, cache=cache)
+    assert time.monotonic() - started < 2
+    assert "\n" not in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_proxy_that_cannot_be_or_is_away_is_named(quick, cache, monkeypatch):
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "socks5://127.0.0.1:9")
+    with pytest.raises(Refused, match=r"is not there \(unknown url type: socks5, through \$http_proxy\)"):
+        ShardSet.open("http://shards.example/set", cache=cache)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with pytest.raises(TubeletError, match=r"cannot be fetched \(Connection refused, through \$http_proxy\)"):
+        ShardSet.open("http://shards.example/set", cache=cache)
 
 
 def test_a_server_that_stays_away_is_one_line_and_that_comes_back_is_none(quick, cache, packed_shards, monkeypatch):
@@ -275,6 +320,12 @@ def test_a_cache_smaller_than_a_shard_is_refused(server, tmp_path):
         ("file:///data/shards", "file: shards are not read"),
         ("http://host/shards?signature=secret", r"^http://host/shards: is not the URL of a folder of shards"),
         ("https:///shards", "is not the URL of a folder"),
+        ("http://[::1/shards", "^http: the host or the port of this URL cannot be; give http://HOST/FOLDER"),
+        ("http://host:99999/shards", "^http: the host or the port of this URL cannot be"),
+        ("http://:80/shards", "^http: the host or the port of this URL cannot be"),
+        ("https://my host/shards", "^https: the host or the port of this URL cannot be; give https://"),
+        ("http://one..two/shards", "^http: the host or the port of this URL cannot be"),
+        ("http://user:secret/word@host/shards", "^http: the host or the port of this URL cannot be"),
         ("http://user:secret@host/shards", r"^http://host/shards: its credentials .* put them into ~/\.netrc instead"),
         ("s3://key:secret@bucket/shards", r"^s3://bucket/shards: its credentials .* AWS environment variables"),
     ],
@@ -298,7 +349,10 @@ def test_paths_are_no_urls_and_urls_are_kept_as_one_writes_them(cache):
     folder = folder_of("HTTP://host:80/my shards//", cache)
     assert folder == RemoteFolder("http://host:80/my%20shards", cache)
     assert folder / "a b.tar" == "http://host:80/my%20shards/a%20b.tar"
+    assert folder / "caf\udce9 100%.tar" == "http://host:80/my%20shards/caf%E9%20100%25.tar"
     assert hash(folder) == hash(pickle.loads(pickle.dumps(folder)))
+    assert folder_of("http://[::1]:8080/a b/", cache) == RemoteFolder("http://[::1]:8080/a%20b", cache)
+    assert folder_of("s3://arn:aws:s3:eu-west-1:1:accesspoint/100% of it", cache).url.endswith("/100% of it")
 
 
 def test_a_login_comes_from_netrc_and_is_told_to_nobody(server, cache, tmp_path, monkeypatch, caplog):
@@ -315,6 +369,31 @@ def test_a_login_comes_from_netrc_and_is_told_to_nobody(server, cache, tmp_path,
     told = str(caught.value) + caplog.text + " ".join(path.name for path in cache.path.glob("*"))
     assert "hunter2" not in told
     assert "bWU6" not in told
+
+
+def test_a_netrc_that_is_not_used_is_told_without_what_it_holds(server, cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("NETRC", raising=False)
+    netrc = tmp_path / ".netrc"
+    netrc.write_text("machine 127.0.0.1 login me password hunter2")
+    netrc.chmod(0o644)
+    server.tricks["index.json"] = [tricks.status(401)] * 2
+    with pytest.raises(Refused, match=r"into ~/\.netrc, which is not used as it is: nobody else may own or read it"):
+        ShardSet.open(server.url, cache=cache)
+    netrc.write_text("machine 127.0.0.1\nlogin me password two words hunter2")
+    netrc.chmod(0o600)
+    with pytest.raises(Refused, match=r"which is not used as it is: its line 2 cannot be read$"):
+        ShardSet.open(server.url, cache=cache)
+
+
+def test_fetching_ahead_what_is_there_keeps_it_there(server, cache):
+    shards = ShardSet.open(server.url, cache=cache)
+    content_of(shards)
+    for path in cached_tars(cache):
+        os.utime(path, ns=(1, 1))
+    shards.folder.fetch_ahead(shards.shards[1], threading.Event())
+    assert sorted(path.stat().st_mtime_ns > 1 for path in cached_tars(cache)) == [False, False, True]
+    assert set(server.sent.values()) == {1}
 
 
 def test_commands_take_urls_and_fetch_what_they_read_once(server, cache, tmp_path, capsys, packed_shards):

@@ -1,12 +1,20 @@
 """The cache of a node without a network: who goes first, what stays, and what a folder may hold besides."""
 
+import contextlib
+import errno
+import math
 import os
+import pwd
+import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from pretrain.data.part_files import Busy, locked_part
-from pretrain.data.shard_cache import PART, CacheConfig, ShardCache, cache_name
+from pretrain.data.part_files import Busy, locked, locked_part
+from pretrain.data.shard_cache import LOCK, PART, CacheConfig, ShardCache, cache_name
 from pretrain.errors import DiskFull, Refused
 
 SIZE_BYTES = 1000
@@ -36,7 +44,7 @@ def fetch(cache: ShardCache, number: int, wait: bool = True, fill=None) -> tuple
 
 
 def held(cache: ShardCache) -> list[int]:
-    return [number for number in range(9) if cache.has(name_of(number))]
+    return [number for number in range(9) if (cache.folder / name_of(number)).exists()]
 
 
 def test_what_was_used_longest_ago_goes_first(cache):
@@ -83,6 +91,86 @@ def test_parts_that_a_dead_process_left_make_room_and_those_of_a_living_one_do_n
         assert held(cache) == [1]
 
 
+def test_room_that_cannot_be_had_costs_no_file(cache):
+    fetch(cache, 0)
+    with locked_part(cache.folder / (name_of(8) + PART), wait=True) as descriptor:
+        os.truncate(descriptor, 2 * SIZE_BYTES)
+        with pytest.raises(Busy):
+            fetch(cache, 1, wait=False, fill=lambda part: part.reserve(2 * SIZE_BYTES))
+        assert held(cache) == [0]
+
+
+def test_a_file_gets_its_name_while_nobody_counts_what_is_there(cache):
+    """Or its bytes would be missed by who makes room in that moment, and the bound broken."""
+    counting = threading.Event()
+
+    def fill(part) -> None:
+        part.reserve(SIZE_BYTES)
+        part.write(bytes(SIZE_BYTES))
+        assert counting.wait(5)
+
+    with ThreadPoolExecutor(1) as pool:
+        fetching = pool.submit(fetch, cache, 0, fill=fill)
+        while not (cache.folder / LOCK).exists():
+            time.sleep(0.01)
+        with locked(cache.folder / LOCK):
+            counting.set()
+            time.sleep(0.1)
+            assert held(cache) == []
+        fetching.result(timeout=5)
+    assert held(cache) == [0]
+
+
+def test_a_folder_that_is_emptied_while_a_file_is_written_is_filled_again(cache):
+    emptied = []
+
+    def fill(part) -> None:
+        part.reserve(SIZE_BYTES)
+        if not emptied:
+            shutil.rmtree(cache.folder)
+            emptied.append(part)
+        part.write(bytes(SIZE_BYTES))
+
+    assert fetch(cache, 0, fill=fill) == (bytes(SIZE_BYTES), False)
+    assert held(cache) == [0]
+
+
+def test_the_part_of_another_is_never_taken_for_ones_own(cache):
+    """After somebody emptied the folder, another process may have begun the same file."""
+    with contextlib.ExitStack() as of_another:
+
+        def fill(part) -> None:
+            part.reserve(SIZE_BYTES)
+            part.path.unlink()
+            of_another.enter_context(locked_part(part.path, wait=True))
+            part.write(bytes(SIZE_BYTES))
+
+        with pytest.raises(Busy):
+            fetch(cache, 0, wait=False, fill=fill)
+        assert held(cache) == []
+
+
+def test_a_file_that_took_the_place_of_a_damaged_one_stays(cache):
+    fetch(cache, 0)
+    descriptor, _ = cache.open(name_of(0), lambda descriptor: True, lambda part: None)
+    with open(descriptor, "rb"):
+        cache.remove(name_of(0), descriptor)
+        assert held(cache) == []
+        fetch(cache, 0)
+        cache.remove(name_of(0), descriptor)
+        assert held(cache) == [0]
+
+
+def test_a_cache_on_a_disk_that_is_read_only_gives_what_it_holds(cache, monkeypatch):
+    fetch(cache, 0)
+
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert fetch(cache, 0) == (bytes(SIZE_BYTES), True)
+
+
 def test_a_disk_that_fills_while_a_file_is_written_costs_the_oldest_and_ends_in_one_line(cache):
     fetch(cache, 0)
     fetch(cache, 1)
@@ -106,16 +194,32 @@ def test_a_disk_that_fills_while_a_file_is_written_costs_the_oldest_and_ends_in_
 def test_names_tell_urls_and_checksums_apart_and_nothing_else():
     names = {cache_name(url, checksum, ".tar") for url in ("http://a/x.tar", "http://b/x.tar") for checksum in "12"}
     assert len(names) == 4
-    assert not any("x" in name for name in names)
+    assert names == {
+        cache_name(url, checksum, ".tar") for url in ("http://a/x.tar", "http://b/x.tar") for checksum in "12"
+    }
 
 
 def test_a_folder_that_cannot_be_and_numbers_that_cannot_be_are_refused(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(Refused, match=r"file/cache: cannot hold the cache \(Not a directory\); give another"):
         ShardCache(CacheConfig(str(tmp_path / "file" / "cache")))
-    for fields in ({"max_gb": 0}, {"max_gb": float("nan")}, {"prefetch_shards": -1}):
+    for fields in ({"max_gb": 0}, {"max_gb": math.nan}, {"prefetch_shards": -1}, {"folder": ""}):
         with pytest.raises(Refused, match=rf"data\.cache\.{next(iter(fields))}"):
             CacheConfig(**fields).validate()
+    with pytest.raises(Refused, match=r"data\.cache\.max_gb: inf must be finite"):
+        ShardCache(CacheConfig(str(tmp_path), max_gb=math.inf))
+
+
+def test_a_user_without_a_home_is_told_to_name_a_folder(monkeypatch):
+    def nobody(number: int) -> None:
+        raise KeyError(number)
+
+    for name in ("HOME", "TMPDIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    for config in (CacheConfig(), CacheConfig("~/cache")):
+        with pytest.raises(Refused, match=r"data\.cache\.folder: this user has no home folder .*; give a folder"):
+            ShardCache(config)
 
 
 def test_the_cache_lies_on_the_disk_of_the_job_or_else_of_the_user(monkeypatch):

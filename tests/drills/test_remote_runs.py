@@ -9,8 +9,10 @@ from pathlib import Path
 import boto3
 import pytest
 import s3fs
+import yaml
 from moto.server import ThreadedMotoServer
 
+from launch.cli import main
 from pretrain.data import remote, transfer
 from pretrain.data.remote import RemoteFolder
 from pretrain.data.shard_cache import CacheConfig
@@ -46,6 +48,24 @@ def test_a_run_from_a_url_is_the_run_from_the_folder_and_goes_on_from_there(pack
     *moved, text = record_of(out)
     assert "going on from step 4" in text
     assert tuple(moved) == expected
+
+
+def test_a_run_on_a_mixture_of_a_folder_and_a_url_is_the_run_on_folders(packed_shards, other_shards, tmp_path):
+    recipe = tiny_pretraining(tmp_path, packed_shards)
+    content = yaml.safe_load(recipe.read_text())
+    del content["data"]["shards"]
+
+    def weights_of(name: str, *places: object) -> bytes:
+        content["data"] |= {"mixture": dict(zip(map(str, places), (2, 1), strict=True)), "global_batch": 6, "lanes": 3}
+        recipe.write_text(yaml.safe_dump(content, sort_keys=False))
+        folders = ["--out", str(tmp_path / name), "--data.cache.folder", str(tmp_path / "cache")]
+        assert main(["pretrain", "--config", str(recipe), *folders, "--steps", "4"]) == 0
+        return (tmp_path / name / "encoder" / "model.safetensors").read_bytes()
+
+    expected = weights_of("folders", packed_shards, other_shards)
+    with serving(other_shards) as server:
+        assert weights_of("both", packed_shards, server.url) == expected
+        assert {times for name, times in server.sent.items() if name != "index.json"} == {1}
 
 
 @pytest.fixture
@@ -130,10 +150,36 @@ def test_an_s3_that_refuses_the_key_or_is_away_is_one_line_without_the_key(tmp_p
     with pytest.raises(TubeletError, match=r"index\.json: cannot be fetched \(.+\), not even after") as away:
         folder.read_index()
     (tmp_path / BUCKET / "set").mkdir(parents=True)
-    (tmp_path / BUCKET / "set" / "index.json").write_text("{}")
+    (tmp_path / BUCKET / "set" / "index.json").write_text("{" + " " * 1000 + "}")
     s3fs.S3FileSystem.clear_instance_cache()  # it knows the other server
     with serving(tmp_path) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
-        with pytest.raises(Refused, match=r"index\.json: is not given to us \(access denied\); put the key") as refused:
+        with pytest.raises(
+            Refused, match=r"index\.json: is not given to us \(access denied: Forbidden\); put the key"
+        ) as refused:
+            folder.read_index()
+        server.head = 400
+        with pytest.raises(Refused, match=r"S3 refuses the request \(.+\); check that the login has not expired"):
+            folder.read_index()
+        server.head = 200
+        monkeypatch.setattr(transfer, "S3_BLOCK_S", 0.3)
+        server.tricks[f"{BUCKET}/set/index.json"] = [tricks.creep(3)] * 2
+        with pytest.raises(
+            TubeletError, match=r"cannot be fetched \(it sent nothing, or next to nothing, for too long"
+        ):
             folder.read_index()
     assert "hunter2" not in str(away.value) + str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("AWS_ENDPOINT_URL", "localhost:9000", "Invalid endpoint: localhost:9000"),
+        ("AWS_PROFILE", "nobody", r"The config profile \(nobody\) could not be found"),
+    ],
+)
+def test_settings_of_aws_that_cannot_be_are_told_at_once(tmp_path, monkeypatch, name, value, reason):
+    s3fs.S3FileSystem.clear_instance_cache()
+    monkeypatch.setenv(name, value)
+    with pytest.raises(Refused, match=rf"^s3://videos/set/index\.json: S3 cannot be asked \({reason}\); check the AWS"):
+        RemoteFolder(f"s3://{BUCKET}/set", CacheConfig(str(tmp_path / "cache"))).read_index()
