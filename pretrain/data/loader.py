@@ -7,6 +7,7 @@ not be inherited across a fork.
 
 import logging
 import multiprocessing
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
@@ -153,7 +154,7 @@ def load_batches(
         pin_memory: Whether batches are pinned for copying to a GPU.
 
     Raises:
-        TubeletError: What the dataset raised, in a worker or here.
+        TubeletError: What the dataset raised, in a worker or here; or a worker died.
     """
     parallel: dict[str, Any] = (
         {"multiprocessing_context": fork_server(), "prefetch_factor": PREFETCHED_BATCHES} if workers else {}
@@ -174,6 +175,13 @@ def load_batches(
             raise
         # A worker's error arrives with its traceback in the message; the last line is what the worker said.
         raise type(error)(str(error).strip().splitlines()[-1].split(": ", 1)[-1]) from None
+    except RuntimeError as error:
+        if not re.match(r"DataLoader worker \(pid.*\) (exited unexpectedly|is killed by signal)", str(error)):
+            raise
+        raise TubeletError(
+            "data.workers: a loader worker died; if it was for want of memory or of shared memory (df /dev/shm), use "
+            "fewer workers or a smaller data.micro_batch; the same command goes on from the last checkpoint"
+        ) from error
 
 
 def _start_worker(worker: int) -> None:
