@@ -21,7 +21,7 @@ from pretrain.data.balanced import SampleOrder
 from pretrain.data.prefetch import prefetched
 from pretrain.data.processes import become_worker, fork_server
 from pretrain.data.shards import ShardSet
-from pretrain.data.training_clips import SUBSTITUTES, Costs, LoadedSample, LostSample, Request, TrainingClips
+from pretrain.data.training_clips import DRAWS, SUBSTITUTES, Costs, LoadedSample, LostSample, Request, TrainingClips
 from pretrain.errors import StoppedByRule, TubeletError
 
 logger = logging.getLogger(__name__)
@@ -131,12 +131,17 @@ def _collate_unless_lost(loaded: list[LoadedSample | LostSample]) -> Batch | Los
 
 
 def _no_substitute(shards: ShardSet, skipped: list[dict]) -> NoSubstitute:
-    reasons = {report["key"]: report["reason"] for report in skipped}
+    reasons = {report["key"]: report["reason"] for report in skipped if not report.get("quarantined")}
+    if not reasons:
+        return NoSubstitute(
+            f"data.quarantine: names a sample of {shards.folder} and all of its {DRAWS} substitutes; shorten it",
+            skipped,
+        )
     for key, reason in reasons.items():
         logger.warning("%s: %s", key, reason)
     return NoSubstitute(
         f"{shards.folder}: a sample and its {SUBSTITUTES} substitutes cannot be decoded; bad are {' '.join(reasons)} "
-        f"({skipped[-1]['reason']}); pack the videos anew",
+        f"({list(reasons.values())[-1]}); pack the videos anew",
         skipped,
     )
 
