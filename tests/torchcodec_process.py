@@ -75,10 +75,10 @@ def _process() -> Connection:
 
 def main() -> None:
     """Answers requests until the other side has gone."""
-    from pretrain.data.torchcodec_reader import _decoders
+    from pretrain.data.torchcodec_reader import import_torchcodec
 
     connection = Connection(int(sys.argv[1]))
-    _decoders()
+    import_torchcodec()
     connection.send("ready")
     readers: list[VideoReader] = []
     while True:

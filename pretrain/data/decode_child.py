@@ -6,6 +6,7 @@ indices, videos and frames lie in memory that both processes map. All signals th
 instruction on: who is interrupted or told to stop decides for its child.
 """
 
+import contextlib
 import ctypes
 import json
 import mmap
@@ -21,8 +22,8 @@ from pretrain.errors import BadSample, Refused, TubeletError, reason_of_failure
 
 LARGEST_BUFFER_BYTES = 4 * 2**30
 """More than clips take: 16 frames of 8K video are 1.6 GB, and so are 16 time windows of 16 frames of full HD."""
-LONGEST_REASON = 1000
-"""Characters; an answer must fit into one write that a pipe never splits."""
+LONGEST_REASON = 340
+"""Characters, of which JSON makes 12 bytes at most; an answer must fit into the 4096 that a pipe never splits."""
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
@@ -95,7 +96,7 @@ class Decoder:
 
         Returns:
             `shape` of the frames that lie at the start of the buffer, or `frames`, how many the video holds, or `bad`,
-            why there are none, or `refused`, why the decoder cannot be had at all.
+            why there are none, or `refused`, why the decoder cannot be had at all, or `failed`, what the machine lacks.
         """
         try:
             count = request["indices"]
@@ -110,6 +111,10 @@ class Decoder:
             return {"shape": self.reader.read(indices, self.buffer.array).shape}
         except Refused as error:
             return {"refused": str(error)[:LONGEST_REASON]}
+        except BadSample as error:
+            return {"bad": str(error)[:LONGEST_REASON]}
+        except TubeletError as error:
+            return {"failed": str(error)[:LONGEST_REASON]}
         except Exception as error:
             return {"bad": reason_of_failure(error)[:LONGEST_REASON]}
 
@@ -128,7 +133,8 @@ def main() -> None:
     end_with_parent(int(parent))
     answers = os.dup(1)
     os.dup2(2, 1)  # what libraries print is no answer
-    load_decoder(decoder)
+    with contextlib.suppress(Refused):  # the answer to the first request tells it
+        load_decoder(decoder)
     child = Decoder(SharedBuffer(int(descriptor)))
     os.write(answers, b"{}\n")
     for line in sys.stdin.buffer:

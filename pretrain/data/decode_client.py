@@ -26,6 +26,8 @@ DECODE_LIMIT_S = 60.0
 LONGEST_LIMIT_S = 86400
 START_LIMIT_S = 600
 """How long a child may take to import its decoder: from a file system that a whole cluster starts from, minutes."""
+WAIT_AT_ONCE_S = 0.25
+"""A limit is waited for in pieces, so that the time in which a job or a terminal suspends all processes is none."""
 BAD_FILES_PER_CHILD = 32
 BAD_BYTES_PER_CHILD = 32 * 2**20
 """A child is replaced after so many bad files, or bad files of so many bytes, which decord has kept."""
@@ -100,6 +102,8 @@ class DecodeClient:
         self.owner = os.getpid()
         self.pid: int | None = None
         self._opened: _VideoApart | None = None
+        self._is_asking = False
+        self._used_bytes = 0
 
     def ask(self, video: _VideoApart, indices: np.ndarray | None) -> dict[str, Any]:
         """Lets the child read frames of a video.
@@ -114,34 +118,43 @@ class DecodeClient:
         Raises:
             BadSample: The video cannot be decoded, or not in time, or the decoder crashed.
             Refused: The decoder is not installed, or lacks its libraries.
-            TubeletError: No child can be started.
+            TubeletError: No child can be started, or it lacks what the machine should give it.
         """
-        request = None
-        while request is None:
-            if self.pid is None:
-                self._start(video.decoder)
-            request = self._send(video, indices)
-        line = self._answer(video.limit_s)
+        if self._is_asking:
+            self._end()  # an exception cut the last exchange off: what comes next might be the answer to that
+        self._is_asking = True
+        line = self._exchange(video, indices)
+        self._is_asking = False
         if line is None:
             self._end()
             raise BadSample(f"decoding it took longer than the {video.limit_s:g} s that decode_limit_s allows")
         if not line:
             raise BadSample(f"its decoder {self._how_it_ended()}")
         answer = json.loads(line)
-        if "refused" in answer:
-            raise Refused(answer["refused"])
+        if "refused" in answer or "failed" in answer:
+            self._opened = None
+            raise Refused(answer["refused"]) if "refused" in answer else TubeletError(answer["failed"])
         if "bad" in answer:
             self._note_bad(video)
             raise BadSample(answer["bad"])
         if "shape" in answer:
-            self._frame_bytes = int(np.prod(answer["shape"], dtype=np.int64))
+            self._used_bytes = max(self._used_bytes, int(np.prod(answer["shape"], dtype=np.int64)))
         return answer
 
-    def _send(self, video: _VideoApart, indices: np.ndarray | None) -> dict[str, Any] | None:
-        """Writes a request; returns None if the child has ended, for which this video is not to blame."""
-        if self._frame_bytes > KEPT_BYTES:
+    def _exchange(self, video: _VideoApart, indices: np.ndarray | None) -> bytes | None:
+        """Sends a request, to a new child if there is none, and returns what `_answer` does."""
+        sent = False
+        while not sent:
+            if self.pid is None:
+                self._start(video.decoder)
+            sent = self._send(video, indices)
+        return self._answer(video.limit_s)
+
+    def _send(self, video: _VideoApart, indices: np.ndarray | None) -> bool:
+        """Writes a request; returns False if the child has ended, for which this video is not to blame."""
+        if self._used_bytes > KEPT_BYTES:
             self.buffer.free_past(KEPT_BYTES)
-            self._frame_bytes = 0
+        self._used_bytes = 0
         numbers = np.empty(0, np.int64) if indices is None else indices.astype(np.int64)
         self.buffer.array(numbers.shape, np.int64)[...] = numbers
         is_new = self._opened is not video
@@ -149,6 +162,7 @@ class DecodeClient:
             place = self.buffer.array((len(video.video),), offset_bytes=numbers.nbytes)
             place[...] = np.frombuffer(video.video, np.uint8)
             self._opened = video
+            self._used_bytes = numbers.nbytes + len(video.video)
         request = {
             "indices": None if indices is None else len(numbers),
             "video_bytes": len(video.video) if is_new else None,
@@ -158,17 +172,16 @@ class DecodeClient:
             os.write(self._requests, json.dumps(request).encode() + b"\n")
         except BrokenPipeError:
             self._end()
-            return None
-        return request
+            return False
+        return True
 
     def _answer(self, limit_s: float) -> bytes | None:
         """The child's answer, empty if it died, or None if it does not come in time."""
-        try:
-            if not self._poll.poll(limit_s * 1000):
+        waited_s = 0.0
+        while not self._poll.poll(min(limit_s - waited_s, WAIT_AT_ONCE_S) * 1000):
+            waited_s += WAIT_AT_ONCE_S
+            if waited_s >= limit_s:
                 return None
-        except BaseException:
-            self._end()  # or its answer would be taken for that to the next request
-            raise
         return os.read(self._answers, select.PIPE_BUF)
 
     def _note_bad(self, video: _VideoApart) -> None:
@@ -188,28 +201,16 @@ class DecodeClient:
 
     def _start(self, decoder: DecoderName) -> None:
         self._end()
-        descriptor = os.memfd_create("decoded video")
+        self._process, descriptor = _spawned(self.owner, decoder)
+        self._finalizer = weakref.finalize(self, _kill, self._process, descriptor, self.owner)
         self.buffer = SharedBuffer(descriptor)
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)  # the child inherits what is blocked
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "pretrain.data.decode_child", str(self.owner), str(descriptor), decoder],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                bufsize=0,
-                pass_fds=(descriptor,),
-                env=os.environ | CHILD_ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._requests, self._answers = self._process.stdin.fileno(), self._process.stdout.fileno()
         self._poll = select.poll()
         self._poll.register(self._answers, select.POLLIN)
         self.pid, self._opened = self._process.pid, None
-        self._bad_files = self._bad_bytes = self._frame_bytes = 0
-        self._finalizer = weakref.finalize(self, _kill, self._process, descriptor, self.owner)
+        self._bad_files = self._bad_bytes = self._used_bytes = 0
         if not self._answer(START_LIMIT_S):
             self._refuse()
 
@@ -223,8 +224,36 @@ class DecodeClient:
 
     def _end(self) -> None:
         if self.pid is not None:
-            self.pid = self._opened = None
             self._finalizer()
+            self.pid = self._opened = None
+
+
+def _spawned(owner: int, decoder: DecoderName) -> tuple[subprocess.Popen[bytes], int]:
+    """Starts a child with modules of the same places as this process, and returns it with the descriptor it shares."""
+    places = os.pathsep.join(place or os.getcwd() for place in sys.path)
+    descriptor = -1
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)  # the child inherits what is blocked
+    try:
+        descriptor = os.memfd_create("decoded video")
+        process = subprocess.Popen(
+            # -P, or files of the current folder that are called like modules would be taken for them
+            [sys.executable, "-P", "-m", "pretrain.data.decode_child", str(owner), str(descriptor), decoder],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            pass_fds=(descriptor,),
+            env=os.environ | CHILD_ENVIRONMENT | {"PYTHONPATH": places},
+        )
+    except OSError as error:
+        if descriptor >= 0:
+            os.close(descriptor)
+        raise TubeletError(
+            f"data.decode_limit_s: no process that decodes can be started ({error.strerror}); use fewer data.workers, "
+            f"raise `ulimit -n` and `ulimit -u`, or set 0 to decode without"
+        ) from error
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return process, descriptor
 
 
 def _kill(process: subprocess.Popen[bytes], descriptor: int, owner: int) -> None:

@@ -7,6 +7,7 @@ not be inherited across a fork.
 
 import logging
 import multiprocessing
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
@@ -20,7 +21,7 @@ from pretrain.data.balanced import SampleOrder
 from pretrain.data.prefetch import prefetched
 from pretrain.data.processes import become_worker, fork_server
 from pretrain.data.shards import ShardSet
-from pretrain.data.training_clips import SUBSTITUTES, Costs, LoadedSample, LostSample, Request, TrainingClips
+from pretrain.data.training_clips import DRAWS, SUBSTITUTES, Costs, LoadedSample, LostSample, Request, TrainingClips
 from pretrain.errors import StoppedByRule, TubeletError
 
 logger = logging.getLogger(__name__)
@@ -130,12 +131,17 @@ def _collate_unless_lost(loaded: list[LoadedSample | LostSample]) -> Batch | Los
 
 
 def _no_substitute(shards: ShardSet, skipped: list[dict]) -> NoSubstitute:
-    reasons = {report["key"]: report["reason"] for report in skipped}
+    reasons = {report["key"]: report["reason"] for report in skipped if not report.get("quarantined")}
+    if not reasons:
+        return NoSubstitute(
+            f"data.quarantine: names a sample of {shards.folder} and all of its {DRAWS} substitutes; shorten it",
+            skipped,
+        )
     for key, reason in reasons.items():
         logger.warning("%s: %s", key, reason)
     return NoSubstitute(
         f"{shards.folder}: a sample and its {SUBSTITUTES} substitutes cannot be decoded; bad are {' '.join(reasons)} "
-        f"({skipped[-1]['reason']}); pack the videos anew",
+        f"({list(reasons.values())[-1]}); pack the videos anew",
         skipped,
     )
 
@@ -153,7 +159,7 @@ def load_batches(
         pin_memory: Whether batches are pinned for copying to a GPU.
 
     Raises:
-        TubeletError: What the dataset raised, in a worker or here.
+        TubeletError: What the dataset raised, in a worker or here; or a worker died.
     """
     parallel: dict[str, Any] = (
         {"multiprocessing_context": fork_server(), "prefetch_factor": PREFETCHED_BATCHES} if workers else {}
@@ -174,6 +180,13 @@ def load_batches(
             raise
         # A worker's error arrives with its traceback in the message; the last line is what the worker said.
         raise type(error)(str(error).strip().splitlines()[-1].split(": ", 1)[-1]) from None
+    except RuntimeError as error:
+        if not re.match(r"DataLoader worker \(pid.*\) (exited unexpectedly|is killed by signal)", str(error)):
+            raise
+        raise TubeletError(
+            "data.workers: a loader worker died; if it was for want of memory or of shared memory (df /dev/shm), use "
+            "fewer workers or a smaller data.micro_batch; the same command goes on from the last checkpoint"
+        ) from error
 
 
 def _start_worker(worker: int) -> None:

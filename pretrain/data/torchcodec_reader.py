@@ -24,7 +24,7 @@ class TorchCodecReader:
             BadSample: torchcodec cannot open it.
             Refused: torchcodec is not installed, or does not find FFmpeg.
         """
-        decoders = _decoders()
+        decoders = import_torchcodec()
         try:
             self._decoder = decoders.VideoDecoder(
                 video, dimension_order="NHWC", num_ffmpeg_threads=1, device="cpu", seek_mode="exact"
@@ -50,8 +50,8 @@ class TorchCodecReader:
 
 
 @functools.cache
-def _decoders() -> ModuleType:
-    """Imports torchcodec and its FFmpeg, for the whole process."""
+def import_torchcodec() -> ModuleType:
+    """Imports torchcodec and its FFmpeg, for the whole process; raises `Refused` where either is missing."""
     try:
         import torchcodec.decoders
     except (ImportError, OSError, RuntimeError) as error:

@@ -25,6 +25,7 @@ MaskFunction = Callable[[int, int], tuple[np.ndarray, np.ndarray]]
 """From the keys of `mask` and `decoder_mask` to the visible and the masked token numbers of one clip."""
 
 SUBSTITUTES = 10  # tried in place of a bad sample; the run stops when all of them are bad too
+DRAWS = 1000  # for substitutes, of which those in quarantine are not tried
 QUARANTINED = "is in data.quarantine"
 
 
@@ -128,7 +129,10 @@ class TrainingClips(Dataset):
         skipped: list[dict] = []
         shards = self.sets[request.set_number]
         meter = _Meter(shards)
+        tried = 0
         for sample in self._candidates(request):
+            if tried > SUBSTITUTES:
+                break
             report = {"set": request.set_number, "epoch": request.epoch, "position": request.position}
             if (request.set_number, shards.key(sample)) in self.quarantine:
                 skipped.append({"key": shards.key(sample), "reason": QUARANTINED, **report, "quarantined": True})
@@ -137,12 +141,13 @@ class TrainingClips(Dataset):
                 return self._load(sample, request, skipped, meter)
             except BadSample as error:
                 skipped.append({"key": shards.key(sample), "reason": str(error), **report})
+                tried += 1
         return LostSample(skipped)
 
     def _candidates(self, request: Request) -> Iterator[int]:
         yield request.sample
         key = clip_key(self.seed, request, 0, "substitute")
-        yield from (raw_words(key, SUBSTITUTES) % np.uint64(self.sets[request.set_number].samples)).tolist()
+        yield from (raw_words(key, DRAWS) % np.uint64(self.sets[request.set_number].samples)).tolist()
 
     def _load(self, number: int, request: Request, skipped: list[dict], meter: "_Meter") -> LoadedSample:
         repeats = range(self.config.repeats)

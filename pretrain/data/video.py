@@ -105,9 +105,13 @@ class _InPlace:
 
 
 def load_decoder(decoder: DecoderName) -> None:
-    """Imports what a decoder needs, which may take longer than to decode a video."""
+    """Imports what a decoder needs, which may take longer than to decode a video; raises `Refused` as `open_video`."""
     if _reader_of(decoder) is DecordReader:
         _import_decord()
+    elif decoder == "torchcodec":
+        from pretrain.data.torchcodec_reader import import_torchcodec
+
+        import_torchcodec()
 
 
 def _reader_of(decoder: DecoderName) -> Callable[[bytes], VideoReader]:

@@ -278,6 +278,18 @@ def test_a_quarantined_sample_is_not_attempted_and_has_the_substitute_of_a_bad_o
     assert views[number, True].error is None, "evaluation knows no quarantine"
 
 
+def test_a_long_quarantine_stops_a_run_only_where_it_leaves_nothing_to_read(shards, tmp_path):
+    file = tmp_path / "list.jsonl"
+    keys = [shards.key(number) for number in range(len(shards))]
+    file.write_text("".join(json.dumps({"key": key}) + "\n" for key in keys[1:]))
+    assert {key for batch in quarantined(shards, file) for key in batch.keys} == {keys[0]}
+    file.write_text("".join(json.dumps({"key": key}) + "\n" for key in keys))
+    with pytest.raises(
+        NoSubstitute, match=rf"^data\.quarantine: names a sample of {shards.folder} and all of its 1000"
+    ):
+        quarantined(shards, file)
+
+
 def test_a_quarantine_holds_in_the_set_it_names_or_in_all(tmp_path):
     file = tmp_path / "list.jsonl"
     file.write_text('{"key": "a", "set": 1, "reason": "bad"}\n\n{"key": "b"}\n')

@@ -7,24 +7,40 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
-from pretrain.data.torchcodec_reader import _decoders
 from tests.runs import own_environment, tiny_pretraining
 
 ROOT = Path(__file__).parents[2]
 FFMPEG_VERSIONS = range(54, 66)  # of all its libraries, in FFmpeg 4 to 9
 
 
-def test_a_run_with_torchcodec_that_is_not_installed_is_refused(packed_shards, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchcodec", None)
-    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
-    _decoders.cache_clear()
+def test_a_run_with_torchcodec_that_is_not_installed_is_refused_in_one_line(
+    packed_shards, tmp_path, capsys, monkeypatch
+):
+    """By the decode child, which finds its modules where its user does."""
+    (tmp_path / "modules" / "torchcodec").mkdir(parents=True)
+    (tmp_path / "modules" / "torchcodec" / "__init__.py").write_text("raise ImportError('no torchcodec')")
+    monkeypatch.syspath_prepend(tmp_path / "modules")
     recipe = tiny_pretraining(tmp_path, packed_shards)
-    out = ["--out", str(tmp_path / "run"), "--steps", "4"]
-    assert main(["pretrain", "--config", str(recipe), *out, "--data.decoder", "torchcodec"]) == 2
+    options = ["--out", tmp_path / "run", "--steps", 4, "--data.decoder", "torchcodec"]
+    assert main(["pretrain", "--config", str(recipe), *map(str, options)]) == 2
     said = capsys.readouterr().err
-    assert "data.decoder: torchcodec cannot be imported" in said
-    assert "pip install 'tubelet[torchcodec]'" in said
+    (line,) = [line for line in said.splitlines() if line.startswith("tubelet: ")]
+    assert line.startswith("tubelet: data.decoder: torchcodec cannot be imported (no torchcodec); pip install ")
+    assert line.endswith(", or take pyav")
     assert "Traceback" not in said
+
+
+def test_torchcodec_is_imported_before_the_time_of_the_first_decode_counts():
+    program = """if True:
+        import contextlib, sys
+        from pretrain.data.video import load_decoder
+        from pretrain.errors import Refused
+        with contextlib.suppress(Refused):
+            load_decoder("torchcodec")
+        print("torchcodec" in sys.modules)"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, env=own_environment(), capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
 
 
 @pytest.fixture

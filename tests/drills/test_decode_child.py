@@ -1,10 +1,18 @@
 """Decoders that hang, crash, leak or are left behind cost a sample at most: never the run, the order or the memory."""
 
+import array
+import concurrent.futures
 import dataclasses
+import fcntl
+import json
 import os
+import resource
+import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 
@@ -12,9 +20,11 @@ import numpy as np
 import psutil
 import pytest
 
+from pretrain.data import decode_client
 from pretrain.data.clips import ClipConfig
 from pretrain.data.config import DataConfig
-from pretrain.data.decode_client import open_video_apart
+from pretrain.data.decode_child import Decoder, SharedBuffer
+from pretrain.data.decode_client import client_of_thread, open_video_apart
 from pretrain.data.loader import MicroBatches, training_batches
 from pretrain.data.order import Order
 from pretrain.data.shards import ShardSet
@@ -22,7 +32,7 @@ from pretrain.data.training_clips import Request, TrainingClips
 from pretrain.data.transcode import transcode
 from pretrain.data.video import open_video
 from pretrain.data.views import EvaluationViews
-from pretrain.errors import BadSample
+from pretrain.errors import BadSample, Refused, TubeletError
 from tests.runs import own_environment
 from tests.videos import make_video
 
@@ -110,12 +120,17 @@ def test_a_decoder_that_hangs_is_killed_and_replaced(video):
 
 def test_a_decoder_that_crashes_names_its_signal_and_is_replaced(video):
     child = own_child(video)
+    child.suspend()
+    while child.status() != psutil.STATUS_STOPPED:
+        time.sleep(0.001)
+    requests = client_of_thread()._requests
 
     def crash() -> None:
-        before = child.cpu_times().user
-        while child.cpu_times().user < before + 0.05:
-            time.sleep(0.005)
+        waiting = array.array("i", [0])
+        while not waiting[0]:  # bytes of a request that nobody has read
+            fcntl.ioctl(requests, termios.FIONREAD, waiting)
         child.send_signal(signal.SIGSEGV)
+        child.resume()
 
     crashing = threading.Thread(target=crash)
     crashing.start()
@@ -130,6 +145,134 @@ def test_a_child_that_dies_between_two_videos_costs_neither(video):
     child.kill()
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
     assert open_video_apart(video).read(np.arange(2)).shape == (2, 256, 340, 3)
+
+
+def interrupted(reader, is_there) -> None:
+    """Reads, and is interrupted as by Ctrl-C where `is_there` holds of a frame of the client and an event in it."""
+
+    def trace(frame, event, argument):
+        if frame.f_code.co_filename != decode_client.__file__:
+            return None
+        if is_there(frame, event):
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            reader.read(np.arange(2))
+    finally:
+        sys.settrace(before)
+
+
+@pytest.mark.parametrize(
+    "is_there",
+    [
+        lambda frame, event: frame.f_code.co_name == "_send" and "request" in frame.f_locals,
+        lambda frame, event: (frame.f_code.co_name, event) == ("_send", "return"),
+    ],
+    ids=["before the request", "before the answer"],
+)
+def test_an_interruption_gives_no_video_the_frames_of_another(video, packed_shards, is_there):
+    small = ShardSet.open(packed_shards).read(0).video
+    expected = {one: open_video(one).read(np.arange(2)) for one in (video, small)}
+    open_video_apart(small).read(np.arange(2))
+    reader = open_video_apart(video)
+    interrupted(reader, is_there)
+    assert np.array_equal(reader.read(np.arange(2)), expected[video])
+    assert np.array_equal(open_video_apart(small).read(np.arange(2)), expected[small])
+
+
+def test_time_in_which_all_is_suspended_does_not_count(video, tmp_path):
+    """As Ctrl-Z does, and a scheduler that lets two jobs take turns."""
+    (tmp_path / "video.mp4").write_bytes(video)
+    program = READER.replace("time.sleep(1000)", "sys.stdin.readline()\nprint(next_video().read(np.arange(2)).shape)")
+    reader = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "video.mp4")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=own_environment(),
+    )
+    assert reader.stdout.readline() == b"read\n"
+    (child,) = decode_children(reader.pid)
+    child.suspend()
+    reader.stdin.write(b"\n")
+    reader.stdin.flush()
+    time.sleep(0.3)
+    reader.send_signal(signal.SIGSTOP)
+    time.sleep(1.2 * LIMIT_S)
+    reader.send_signal(signal.SIGCONT)
+    time.sleep(0.1)
+    child.resume()
+    assert reader.communicate(timeout=20)[0] == b"(2, 256, 340, 3)\n"
+
+
+def test_files_of_the_current_folder_are_not_taken_for_modules(video, tmp_path, monkeypatch):
+    for name in ("json", "random", "numpy"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('this is no module of Python')")
+    monkeypatch.chdir(tmp_path)
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        assert thread.submit(lambda: open_video_apart(video).read(np.arange(2)).shape).result() == (2, 256, 340, 3)
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_child_that_cannot_be_started_is_told_in_one_line_and_leaves_nothing_open(video, left):
+    free = os.dup(0)
+    os.close(free)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    client = decode_client.DecodeClient()
+    before = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + left, hard))
+    try:
+        with pytest.raises(TubeletError, match=r"no process that decodes can be started \(Too many open files\)"):
+            client.ask(open_video_apart(video), np.arange(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_the_memory_of_a_large_file_is_given_back(video):
+    box = struct.pack(">I4s", 80 * 2**20, b"free").ljust(80 * 2**20, b"x")
+    frames = open_video_apart(video + box).read(np.arange(2)).copy()
+    assert np.array_equal(open_video_apart(video).read(np.arange(2)), frames)
+    held_bytes = os.fstat(client_of_thread().buffer.descriptor).st_blocks * 512
+    assert held_bytes <= decode_client.KEPT_BYTES
+
+
+LIMITED = """
+import resource, sys
+import numpy as np, psutil
+from pretrain.data.decode_client import open_video_apart
+from pretrain.errors import TubeletError
+
+reader = open_video_apart(open(sys.argv[1], "rb").read())
+reader.read(np.arange(1))
+resource.prlimit(psutil.Process().children()[0].pid, resource.RLIMIT_FSIZE, (2**24, 2**24))
+try:
+    reader.read(np.arange(300))
+except TubeletError as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_a_child_that_is_given_too_little_memory_to_share_says_so_and_blames_no_video(video, tmp_path):
+    (tmp_path / "video.mp4").write_bytes(video)
+    command = [sys.executable, "-c", LIMITED, str(tmp_path / "video.mp4")]
+    done = subprocess.run(command, env=own_environment(), capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("TubeletError data.decode_limit_s: no 93 MiB of memory to share"), done.stdout
+
+
+@pytest.mark.parametrize("kind", [ValueError, BadSample, Refused, TubeletError])
+def test_an_answer_fits_into_what_a_pipe_never_splits(video, monkeypatch, kind):
+    def cannot(*_: object) -> None:
+        raise kind("\U0001f600" * 2000)
+
+    monkeypatch.setattr("pretrain.data.decode_child.open_video", cannot)
+    buffer = SharedBuffer(os.memfd_create("test"))
+    answer = Decoder(buffer).answer({"indices": None, "video_bytes": 3, "decoder": "auto"})
+    assert len(json.dumps(answer).encode()) < select.PIPE_BUF
+    os.close(buffer.descriptor)
 
 
 def test_a_limit_of_nothing_decodes_in_this_process(video):
@@ -206,7 +349,10 @@ import sys, time
 import numpy as np
 from pretrain.data.decode_client import open_video_apart
 
-open_video_apart(open(sys.argv[1], "rb").read()).read(np.arange(2))
+def next_video():
+    return open_video_apart(open(sys.argv[1], "rb").read(), limit_s=1.0)
+
+next_video().read(np.arange(2))
 print("read", flush=True)
 time.sleep(1000)
 """
@@ -244,7 +390,9 @@ def test_a_killed_worker_takes_its_child_along_even_one_that_hangs(packed_shards
     psutil.Process(child.ppid()).kill()
     _, alive = psutil.wait_procs([child], timeout=20)
     assert not alive
-    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+    with pytest.raises(
+        TubeletError, match=r"^data\.workers: a loader worker died; .* goes on from the last checkpoint"
+    ):
         list(batches)
 
 
