@@ -18,12 +18,11 @@ def test_finetuning_behind_a_url_is_that_in_the_folder(finetuning, finetuned, pa
 
 
 def test_evaluation_behind_a_url_is_that_in_the_folder(finetuned, packed_shards, tmp_path):
-    def evaluated(place: object, workers: int) -> tuple[dict, str]:
-        out = tmp_path / str(workers)
-        command = ["evaluate", "--model", finetuned, "--shards", place, "--out", out, "--workers", workers]
+    def evaluated(place: object, out: Path) -> tuple[dict, str]:
+        command = ["evaluate", "--model", finetuned, "--shards", place, "--out", out, "--workers", 0]
         assert main([*map(str, command), "--cache.folder", str(tmp_path / "cache")]) == 0
         return json.loads(Path(out, "evaluation.json").read_text()), Path(out, "predictions.jsonl").read_text()
 
-    expected, predictions = evaluated(packed_shards, 0)
+    expected, predictions = evaluated(packed_shards, tmp_path / "local")
     with serving(packed_shards) as server:
-        assert evaluated(server.url, 1) == (expected | {"shards": server.url}, predictions)
+        assert evaluated(server.url, tmp_path / "remote") == (expected | {"shards": server.url}, predictions)
