@@ -180,13 +180,19 @@ def load_batches(
             raise
         # A worker's error arrives with its traceback in the message; the last line is what the worker said.
         raise type(error)(str(error).strip().splitlines()[-1].split(": ", 1)[-1]) from None
-    except RuntimeError as error:
-        if not re.match(r"DataLoader worker \(pid.*\) (exited unexpectedly|is killed by signal)", str(error)):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if not workers or not _tells_of_dead_worker(error):
             raise
         raise TubeletError(
             "data.workers: a loader worker died; if it was for want of memory or of shared memory (df /dev/shm), use "
             "fewer workers or a smaller data.micro_batch; the same command goes on from the last checkpoint"
         ) from error
+
+
+def _tells_of_dead_worker(error: Exception) -> bool:
+    """Whether torch found a worker dead, or could not fetch the memory of a batch from it any more."""
+    said = re.match(r"DataLoader worker \(pid.*\) (exited unexpectedly|is killed by signal)", str(error))
+    return not isinstance(error, RuntimeError) or said is not None
 
 
 def _start_worker(worker: int) -> None:

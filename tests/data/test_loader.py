@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from pretrain.data.clips import ClipConfig, frame_indices
 from pretrain.data.config import DataConfig
-from pretrain.data.loader import Batch, MicroBatches, NoSubstitute, collate, training_batches
+from pretrain.data.loader import Batch, MicroBatches, NoSubstitute, collate, load_batches, training_batches
 from pretrain.data.order import Order, evaluation_slice
 from pretrain.data.quarantine import read_quarantine
 from pretrain.data.shard_writer import PackedSample, write_shard
@@ -26,7 +26,7 @@ from pretrain.data.training_clips import QUARANTINED, SUBSTITUTES, Request, Trai
 from pretrain.data.transcode import Transcoded
 from pretrain.data.video import open_video
 from pretrain.data.views import EvaluationViews, evaluation_batches, views_of
-from pretrain.errors import EXIT_STOPPED, Refused
+from pretrain.errors import EXIT_STOPPED, Refused, TubeletError
 from pretrain.model.masking import MaskConfig, draw_mask
 from pretrain.model.tubelets import Grid
 
@@ -377,6 +377,22 @@ def test_a_sample_without_a_good_substitute_stops_the_run_in_one_line_and_is_rep
     assert {shards.key(request.sample) for request in requests} <= {report["key"] for report in reports}
     assert all(report["key"] in said for report in reports)
     assert set(caplog.messages) == {f"{report['key']}: {report['reason']}" for report in reports}
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), EOFError(), RuntimeError("CUDA")])
+def test_a_batch_that_died_with_its_worker_is_told_as_such_and_no_other_error_is(monkeypatch, error):
+    class Dying:
+        def __init__(self, *_: object, **__: object) -> None:
+            pass
+
+        def __iter__(self) -> Iterator[None]:
+            raise error
+
+    monkeypatch.setattr("pretrain.data.loader.DataLoader", Dying)
+    for workers in (0, 1):
+        told = workers and not isinstance(error, RuntimeError)
+        with pytest.raises(TubeletError if told else type(error), match="a loader worker died" if told else None):
+            list(load_batches([], [], workers, list, pin_memory=False))
 
 
 def test_a_refusal_inside_a_worker_stays_a_refusal_in_one_line(packed_shards, tmp_path):
