@@ -6,24 +6,23 @@ from pathlib import Path
 
 import pytest
 
-from launch.cli import main
 from tests.runs import own_environment, tiny_pretraining
 
 ROOT = Path(__file__).parents[2]
 FFMPEG_VERSIONS = range(54, 66)  # of all its libraries, in FFmpeg 4 to 9
 
 
-def test_a_run_with_torchcodec_that_is_not_installed_is_refused_in_one_line(
-    packed_shards, tmp_path, capsys, monkeypatch
-):
+def test_a_run_with_torchcodec_that_is_not_installed_is_refused_in_one_line(packed_shards, tmp_path):
     """By the decode child, which finds its modules where its user does."""
     (tmp_path / "modules" / "torchcodec").mkdir(parents=True)
     (tmp_path / "modules" / "torchcodec" / "__init__.py").write_text("raise ImportError('no torchcodec')")
-    monkeypatch.syspath_prepend(tmp_path / "modules")
     recipe = tiny_pretraining(tmp_path, packed_shards)
-    options = ["--out", tmp_path / "run", "--steps", 4, "--data.decoder", "torchcodec"]
-    assert main(["pretrain", "--config", str(recipe), *map(str, options)]) == 2
-    said = capsys.readouterr().err
+    options = ["--config", recipe, "--out", tmp_path / "run", "--steps", 4, "--data.decoder", "torchcodec"]
+    environment = own_environment() | {"PYTHONPATH": f"{tmp_path / 'modules'}:{ROOT}"}
+    command = [sys.executable, "-m", "pretrain", *map(str, options)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    said = done.stderr
+    assert done.returncode == 2, said
     (line,) = [line for line in said.splitlines() if line.startswith("tubelet: ")]
     assert line.startswith("tubelet: data.decoder: torchcodec cannot be imported (no torchcodec); pip install ")
     assert line.endswith(", or take pyav")

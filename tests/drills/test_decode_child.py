@@ -345,9 +345,11 @@ def test_memory_stays_flat_over_broken_files_that_decord_keeps(packed_shards, tm
 
 
 READER = """
-import sys, time
+import signal, sys, time
 import numpy as np
 from pretrain.data.decode_client import open_video_apart
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell starts deaf
 
 def next_video():
     return open_video_apart(open(sys.argv[1], "rb").read(), limit_s=1.0)
