@@ -185,7 +185,7 @@ def _problems_of_rows(shards: ShardSet, name: str, index: ShardIndex, seen: set[
 
 
 def _of_dead(task: TarTask | SampleTask) -> list[Problem]:
-    """What is said of a task that killed its worker twice."""
+    """What is said of a task that ran out of time or killed its worker twice."""
     if isinstance(task, TarTask):
         reason = "reading it ended the process"
         return [Problem(task.entry.name, None, reason, "see whether memory suffices, with fewer --jobs")]

@@ -2,8 +2,8 @@
 
 `concurrent.futures` ends all workers, and gives up on every task in flight, when one worker dies (a crash inside
 FFmpeg, the out-of-memory killer). Here a worker has one task at a time, so a death costs that worker and no other. Its
-task is tried once more by a new one, since the memory may have been hurt by a task before it, and only a task that
-kills that one too is lost.
+task is lost if it ran out of time (SIGALRM). Otherwise it is tried once more by a new one, since the memory may have
+been hurt by a task before it, and lost if it kills that one too.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ Result = TypeVar("Result")
 
 
 class Died:
-    """Stands in for the result of a task that killed its worker twice."""
+    """Stands in for the result of a task that ran out of time or killed its worker twice."""
 
 
 def refuse_pool_options(jobs: int, stall_s: float) -> None:
@@ -247,7 +247,7 @@ class _Dispatcher:
         if job is None:
             return
         job.deaths += 1
-        if job.deaths > 1:
+        if job.deaths > 1 or exit_code == -signal.SIGALRM:
             job.future.set_result(None)
         else:
             # The out-of-memory killer kills, and may have meant what ran beside it.
