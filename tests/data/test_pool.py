@@ -114,8 +114,12 @@ STARTS_NO_WORKER = """
 import resource
 from multiprocessing import forkserver
 from pretrain.data.pool import WorkerPool
+from pretrain.data.processes import fork_server
 from pretrain.errors import TubeletError
 if __name__ == "__main__":
+    first = fork_server().Process(target=abs, args=(1,))  # once it has run, the server needs no further file to start
+    first.start()
+    first.join()
     try:
         with WorkerPool(abs, 1) as pool:
             resource.prlimit(forkserver._forkserver._forkserver_pid, resource.RLIMIT_NOFILE, (3, 3))
