@@ -97,8 +97,8 @@ def read_annotations(path: Path, split: str | None = None) -> Annotations:
     elif kind == "hmdb51":
         annotations = _hmdb51(path, _checked_split(path, split))
     elif kind == "ucf101" and path.is_dir():
-        part, number = re.fullmatch(r"([a-z]+)(\d)", _checked_split(path, split)).groups()  # type: ignore[union-attr]
-        annotations = _ucf101(path / f"{part}list0{number}.txt")
+        checked = _checked_split(path, split)
+        annotations = _ucf101(path / f"{checked[:-1]}list0{checked[-1]}.txt")
     elif split is not None:
         raise Refused(f"split: {path} is one split already; drop --split, or name the file of the other split")
     else:

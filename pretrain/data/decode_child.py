@@ -13,7 +13,7 @@ import mmap
 import os
 import signal
 import sys
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -128,13 +128,12 @@ def end_with_parent(parent: int) -> None:
 
 def main() -> None:
     """Answers the requests on standard input until it closes: `decode_child PARENT_PID BUFFER_DESCRIPTOR DECODER`."""
-    parent, descriptor = sys.argv[1:3]
-    decoder: DecoderName = sys.argv[3]  # type: ignore[assignment]
+    parent, descriptor, decoder = sys.argv[1:]
     end_with_parent(int(parent))
     answers = os.dup(1)
     os.dup2(2, 1)  # what libraries print is no answer
     with contextlib.suppress(Refused):  # the answer to the first request tells it
-        load_decoder(decoder)
+        load_decoder(cast(DecoderName, decoder))
     child = Decoder(SharedBuffer(int(descriptor)))
     os.write(answers, b"{}\n")
     for line in sys.stdin.buffer:

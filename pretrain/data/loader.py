@@ -55,18 +55,9 @@ class Batch(NamedTuple):
 
 
 class NoSubstitute(StoppedByRule):
-    """A sample cannot be decoded, nor can any of its substitutes.
-
-    Attributes:
-        skipped: Reports like those of a `Batch`, of these samples and of others passed over in the same micro-batch.
-    """
+    """A sample cannot be decoded, nor can any of its substitutes."""
 
     told = False  # the rank that reads the sample meets it alone
-
-    def __init__(self, message: str, skipped: list[dict]) -> None:
-        """Takes the sentence for the user and the reports."""
-        super().__init__(message)
-        self.skipped = skipped
 
 
 def collate(loaded: Sequence[LoadedSample]) -> Batch:
@@ -134,15 +125,13 @@ def _no_substitute(shards: ShardSet, skipped: list[dict]) -> NoSubstitute:
     reasons = {report["key"]: report["reason"] for report in skipped if not report.get("quarantined")}
     if not reasons:
         return NoSubstitute(
-            f"data.quarantine: names a sample of {shards.folder} and all of its {DRAWS} substitutes; shorten it",
-            skipped,
+            f"data.quarantine: names a sample of {shards.folder} and all of its {DRAWS} substitutes; shorten it"
         )
     for key, reason in reasons.items():
         logger.warning("%s: %s", key, reason)
     return NoSubstitute(
         f"{shards.folder}: a sample and its {SUBSTITUTES} substitutes cannot be decoded; bad are {' '.join(reasons)} "
-        f"({list(reasons.values())[-1]}); pack the videos anew",
-        skipped,
+        f"({list(reasons.values())[-1]}); pack the videos anew"
     )
 
 
