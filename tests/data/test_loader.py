@@ -19,7 +19,6 @@ from pretrain.data.clips import ClipConfig, frame_indices
 from pretrain.data.config import DataConfig
 from pretrain.data.loader import Batch, MicroBatches, NoSubstitute, collate, load_batches, training_batches
 from pretrain.data.order import Order, evaluation_slice
-from pretrain.data.quarantine import read_quarantine
 from pretrain.data.shard_writer import PackedSample, write_shard
 from pretrain.data.shards import Sample, ShardSet
 from pretrain.data.training_clips import QUARANTINED, SUBSTITUTES, Request, TrainingClips, clip_frames
@@ -290,24 +289,6 @@ def test_a_long_quarantine_stops_a_run_only_where_it_leaves_nothing_to_read(shar
         quarantined(shards, file)
 
 
-def test_a_quarantine_holds_in_the_set_it_names_or_in_all(tmp_path):
-    file = tmp_path / "list.jsonl"
-    file.write_text('{"key": "a", "set": 1, "reason": "bad"}\n\n{"key": "b"}\n')
-    found = read_quarantine(str(file))
-    assert [(number, key) in found for number in (0, 1) for key in "abc"] == [False, True, False, True, True, False]
-
-
-@pytest.mark.parametrize("content", [None, b"a-key", b'{"reason": "bad"}', b'{"key": 3}', b"[]", b"\xff"])
-def test_a_file_that_is_no_quarantine_is_refused_in_one_sentence(tmp_path, content):
-    file = tmp_path / "list.jsonl"
-    if content is not None:
-        file.write_bytes(b'{"key": "a"}\n' + content)
-    with pytest.raises(
-        Refused, match=r"data\.quarantine: (line 2 of )?\S+list\.jsonl .+; give the skipped\.jsonl of a run"
-    ):
-        dataclasses.replace(CONFIG, quarantine=str(file)).validate()
-
-
 @pytest.mark.parametrize(("decoder", "says"), [("decord", "decord cannot"), ("pyav", "PyAV cannot")])
 def test_the_decoder_that_was_chosen_reads(packed_shards, tmp_path, decoder, says):
     folder = rebuilt(packed_shards, tmp_path / "junk", lambda n, sample: b"no video" if n == 5 else sample.video)
@@ -417,21 +398,3 @@ def test_micro_batches_divide_a_rank_s_part_of_each_step(micro_batch, accumulati
         parts = [order.step(step, world, rank) for step in range(first, first + count)]
         assert [request.sample for request in flat] == [n for part in parts for n in part.samples.tolist()]
         assert [request.position for request in flat] == [n for part in parts for n in part.positions.tolist()]
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("repeats", 0),
-        ("global_batch", 0),
-        ("micro_batch", -1),
-        ("lanes", 0),
-        ("workers", -1),
-        ("max_bad_share", 1.5),
-        ("decode_limit_s", -1.0),
-    ],
-)
-def test_numbers_that_cannot_be_are_refused_by_their_field(field, value):
-    CONFIG.validate()
-    with pytest.raises(Refused, match=rf"data\.{field}: {value}"):
-        dataclasses.replace(CONFIG, **{field: value}).validate()
