@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers.models.videomae.modeling_videomae import get_sinusoid_encoding_table
 
-from pretrain.model.positions import PositionEmbedding, separable_table, sincos_table
+from pretrain.model.positions import PositionEmbedding, position_table, sincos_table
 from pretrain.model.tubelets import Grid
 
-FIXED = ["sincos", "sincos_separable"]
+FIXED = ["sincos", "sincos_3d"]
 KINDS = pytest.mark.parametrize("kind", [*FIXED, "learned"])
 GRID = Grid(3, 2, 1)
 
@@ -48,9 +48,9 @@ def test_all_numbers_in_turn_are_the_same_as_none_given(kind):
 
 
 @pytest.mark.parametrize("width", [48, 64, 384, 10])
-def test_the_separable_table_joins_the_tables_of_slot_row_and_column(width):
+def test_the_position_table_joins_the_tables_of_slot_row_and_column(width):
     grid = Grid(3, 2, 4)
-    table = separable_table(grid, width)
+    table = position_table("sincos_3d", grid, width)
     slot_width = width // 8 * 2
     row_width = (width - slot_width) // 4 * 2
     for n in range(grid.tokens):
