@@ -1,6 +1,8 @@
 """Masks: exact counts, ascending and disjoint, the same for ever, and refused where an encoder cannot take them."""
 
 import hashlib
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,39 +10,68 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.errors import Refused
-from pretrain.model.encoder import ENCODERS
-from pretrain.model.masking import FITS, MaskConfig, draw_mask, mask_counts
+from pretrain.model.mask_patterns import first_covering, running_cell
+from pretrain.model.masking import MaskConfig, MaskName, draw_mask, mask_counts
 from pretrain.model.tubelets import Grid
 
 EXAMPLES = settings(max_examples=50, deadline=None)
 KEYS = st.integers(0, 2**128 - 1)
 GRIDS = st.builds(Grid, st.integers(1, 6), st.integers(1, 8), st.integers(1, 8))
-NAMES = st.sampled_from(["tube", "random"])
-CONFIGS = st.builds(MaskConfig, NAMES, st.floats(0.05, 0.95), st.floats(0.05, 1))
+NAMES = st.sampled_from(MaskName.__args__)
+RATIOS = st.floats(0.05, 0.95)
 CLIP = Grid(8, 14, 14)
 
 
+@st.composite
+def masks(draw, names=NAMES, patterns=("random", "running_cell")) -> tuple[MaskConfig, Grid]:
+    """Any mask and a grid for it; short blocks only where there is more than one slot."""
+    grid = draw(GRIDS)
+    pattern = draw(st.sampled_from(patterns))
+    config = MaskConfig(draw(names), draw(RATIOS), draw(st.floats(0.05, 1)), pattern)
+    if config.name != "block":
+        return config, grid
+    least, greatest = sorted(draw(st.tuples(*[st.floats(0.1, 10)] * 2)))
+    block_slots = draw(st.none() | st.integers(1, grid.slots - 1)) if grid.slots > 1 else None
+    blocks = draw(st.integers(1, 4)), draw(RATIOS), (least, greatest), block_slots
+    return MaskConfig("block", config.ratio, config.decoded, pattern, *blocks), grid
+
+
 @EXAMPLES
-@given(CONFIGS, GRIDS, KEYS, KEYS)
-def test_a_mask_is_two_ascending_disjoint_lists_of_exact_length(config, grid, mask_key, decoder_key):
+@given(masks(), KEYS, KEYS)
+def test_a_mask_is_two_ascending_disjoint_lists_of_exact_length(mask, mask_key, decoder_key):
+    config, grid = mask
     visible, masked = draw_mask(config, grid, mask_key, decoder_key)
-    assert (len(visible), len(masked)) == mask_counts(config, grid)
+    counts = mask_counts(config, grid)
+    assert (len(visible), len(masked)) == (counts.visible, counts.decoded)
     for numbers in (visible, masked):
         assert numbers.dtype == np.int64
         assert np.all(np.diff(numbers) > 0)
         assert np.all((numbers >= 0) & (numbers < grid.tokens))
     assert not set(visible.tolist()) & set(masked.tolist())
+    if counts.visible_slots is not None:
+        assert len(set((visible // grid.positions).tolist())) == (counts.visible_slots if len(visible) else 0)
 
 
 @EXAMPLES
-@given(NAMES, st.floats(0.05, 0.95), GRIDS, KEYS, KEYS)
+@given(NAMES, RATIOS, GRIDS, KEYS, KEYS)
 def test_without_a_share_to_decode_every_token_is_in_one_of_the_lists(name, ratio, grid, mask_key, decoder_key):
     visible, masked = draw_mask(MaskConfig(name, ratio), grid, mask_key, decoder_key)
     assert sorted([*visible.tolist(), *masked.tolist()]) == list(range(grid.tokens))
 
 
 @EXAMPLES
-@given(st.floats(0.05, 0.95), GRIDS, KEYS)
+@given(masks(), KEYS, KEYS, KEYS)
+def test_a_mask_is_a_pure_function_of_its_keys(mask, mask_key, decoder_key, other_key):
+    first = draw_mask(*mask, mask_key, decoder_key)
+    np.random.default_rng(0).random(10)
+    again = draw_mask(*mask, mask_key, decoder_key)
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    other_share = draw_mask(*mask, mask_key, other_key)
+    assert np.array_equal(first[0], other_share[0]), "the decoder's key decides only what is reconstructed"
+
+
+@EXAMPLES
+@given(RATIOS, GRIDS, KEYS)
 def test_a_tube_hides_the_same_positions_in_every_slot(ratio, grid, key):
     visible, _ = draw_mask(MaskConfig("tube", ratio), grid, key, key)
     slots = visible.reshape(grid.slots, -1)
@@ -61,35 +92,37 @@ def test_a_random_mask_differs_from_slot_to_slot():
         (MaskConfig("tube", 0.9, decoded=0.5), (160, 704)),
         (MaskConfig("random", 0.9), (157, 1411)),  # int(0.9 * 1568) = 1411 (mae_st rounds the visible down: 156)
         (MaskConfig("tube", 0.75), (392, 1176)),
+        (MaskConfig("tube", 0.9, decoded=0.5, decoded_pattern="running_cell"), (160, 704)),
     ],
 )
 def test_counts_are_those_of_the_papers(config, counts):
-    assert mask_counts(config, CLIP) == counts
+    assert mask_counts(config, CLIP)[:2] == counts
 
 
 def test_a_ratio_that_is_no_binary_fraction_loses_no_token():
-    assert mask_counts(MaskConfig("random", 0.29), Grid(1, 10, 10)) == (71, 29)
+    assert mask_counts(MaskConfig("random", 0.29), Grid(1, 10, 10))[:2] == (71, 29)
     assert int(0.29 * 100) == 28, "which is what plain rounding down would give"
 
 
-def test_a_mask_depends_on_its_key_alone():
-    config = MaskConfig("tube", 0.5, decoded=0.5)
-    first = draw_mask(config, CLIP, 1, 2)
-    np.random.default_rng(0).random(10)
-    again, other, other_share = (draw_mask(config, CLIP, *keys) for keys in ((1, 2), (3, 2), (1, 4)))
-    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+@pytest.mark.parametrize("name", [name for name in MaskName.__args__ if name != "causal"])
+def test_other_keys_draw_other_masks(name):
+    config = MaskConfig(name, 0.5, 0.5)
+    first, other, other_share = (draw_mask(config, CLIP, *keys) for keys in ((1, 2), (3, 2), (1, 4)))
     assert not np.array_equal(first[0], other[0])
-    assert np.array_equal(first[0], other_share[0]), "the decoder's key decides only what is reconstructed"
     assert not np.array_equal(first[1], other_share[1])
 
 
-@pytest.mark.parametrize(("name", "share"), [("tube", 0.75), ("random", 0.6)])
-def test_every_token_is_hidden_equally_often(name, share):
+@pytest.mark.parametrize("decoded", [1.0, 0.5])
+@pytest.mark.parametrize("pattern", ["random", "running_cell"])
+@pytest.mark.parametrize(("name", "share"), [("tube", 0.75), ("random", 0.6), ("random_per_slot", 0.6), ("frame", 0.5)])
+def test_every_token_is_hidden_and_decoded_equally_often(name, share, pattern, decoded):
     grid, draws = Grid(2, 4, 5), 400
-    hidden = np.zeros(grid.tokens)
+    config = MaskConfig(name, share, decoded, pattern)
+    counted = np.zeros(grid.tokens)
     for key in range(draws):
-        hidden[draw_mask(MaskConfig(name, share), grid, key, 0)[1]] += 1
-    assert np.all(np.abs(hidden - share * draws) < 5 * (draws * share * (1 - share)) ** 0.5)
+        counted[draw_mask(config, grid, key, key + draws)[1]] += 1
+    expected = mask_counts(config, grid).decoded / grid.tokens
+    assert np.all(np.abs(counted - expected * draws) < 5 * (draws * expected * (1 - expected)) ** 0.5)
 
 
 @pytest.mark.parametrize(
@@ -100,24 +133,184 @@ def test_every_token_is_hidden_equally_often(name, share):
     ],
 )
 def test_masks_never_change_between_versions(name, digest):
-    drawn = [draw_mask(MaskConfig(name, 0.75, 0.5), Grid(4, 6, 6), key, key + 1) for key in (0, 2**100, 12345)]
+    assert digest_of(MaskConfig(name, 0.75, 0.5)) == digest
+
+
+@pytest.mark.parametrize(
+    ("config", "digest"),
+    [
+        (MaskConfig("random_per_slot", 0.75), "7d0a6fe8d3b598a7e9a51216a57dd0c0dff40a72a093e20e4382ccafba00dcaa"),
+        (MaskConfig("frame", 0.75), "941309c72a01ed2581f51ac9150a69102399a9c842696612d77bc02827d80217"),
+        (MaskConfig("block", 0.75), "fb7c5e4225a7e67422b5d4dccdb06a029df0cd58e5c05c03068a4eaceff523ca"),
+        (
+            MaskConfig("block", 0.75, blocks=8, block_area=0.15, block_slots=2),
+            "23930d8ec8caa76eb4af386a37f0f9b6390068b6e5cce8bd364692365a65293f",
+        ),
+        (MaskConfig("causal", 0.75, 0.5), "8e5297c8c649e326a908da224a1f76b31eacd4282169e52634c9994c623397ad"),
+        (
+            MaskConfig("tube", 0.75, 0.5, "running_cell"),
+            "a29b851ca0c2d4ffa042a22b228040f5c91d6432d9c5c207cb454cf23a01d6b5",
+        ),
+    ],
+)
+def test_the_other_masks_do_not_change_either(config, digest):
+    assert digest_of(config) == digest
+
+
+def digest_of(config: MaskConfig) -> str:
+    drawn = [draw_mask(config, Grid(4, 6, 6), key, key + 1) for key in (0, 2**100, 12345)]
     content = b"".join(numbers.astype("<i8").tobytes() for mask in drawn for numbers in mask)
-    assert hashlib.sha256(content).hexdigest() == digest
+    return hashlib.sha256(content).hexdigest()
 
 
-def test_a_pair_that_does_not_fit_is_refused_with_both_names():
-    with pytest.raises(
-        Refused, match=r"mask\.name: the factorised_encoder encoder cannot take a random mask; use tube"
-    ):
-        MaskConfig("random").validate("factorised_encoder", CLIP)
-    for encoder, names in FITS.items():
-        for name in names:
-            MaskConfig(name).validate(encoder, CLIP)
+@EXAMPLES
+@given(RATIOS, GRIDS, KEYS)
+def test_a_random_mask_per_slot_hides_equally_many_tokens_in_each_slot(ratio, grid, key):
+    visible, _ = draw_mask(MaskConfig("random_per_slot", ratio), grid, key, key)
+    counts = np.bincount(visible // grid.positions, minlength=grid.slots)
+    assert np.all(counts == counts[0])
 
 
-def test_every_encoder_has_masks_that_fit():
-    assert FITS.keys() == ENCODERS.keys()
-    assert all(FITS.values())
+@EXAMPLES
+@given(RATIOS, GRIDS, KEYS)
+def test_a_frame_mask_hides_whole_slots(ratio, grid, key):
+    visible, masked = draw_mask(MaskConfig("frame", ratio), grid, key, key)
+    assert not set((visible // grid.positions).tolist()) & set((masked // grid.positions).tolist())
+
+
+@EXAMPLES
+@given(RATIOS, st.floats(0.05, 1), GRIDS, KEYS, KEYS)
+def test_a_causal_mask_shows_the_first_slots_and_decodes_the_next_ones_whole(ratio, decoded, grid, key, decoder_key):
+    visible, masked = draw_mask(MaskConfig("causal", ratio, decoded), grid, key, decoder_key)
+    assert np.array_equal(np.concatenate([visible, masked]), np.arange(len(visible) + len(masked)))
+    assert len(visible) % grid.positions == len(masked) % grid.positions == 0
+
+
+def test_a_causal_mask_can_ask_for_the_next_slot_alone():
+    visible, masked = draw_mask(MaskConfig("causal", 0.5, 0.25), CLIP, 1, 2)
+    assert set((visible // 196).tolist()) == {0, 1, 2, 3}
+    assert set((masked // 196).tolist()) == {4}
+
+
+def hidden_area(config: MaskConfig, grid: Grid, key: int) -> np.ndarray:
+    """Returns what is masked, bool (Tt, Ht, Wt)."""
+    hidden = np.ones(grid.tokens, dtype=bool)
+    hidden[draw_mask(config, grid, key, 0)[0]] = False
+    return hidden.reshape(grid)
+
+
+def corner_and_extent(hidden: np.ndarray) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns first corner and size of the smallest box around what is hidden."""
+    places = np.argwhere(hidden)
+    return tuple(places.min(0).tolist()), tuple((np.ptp(places, axis=0) + 1).tolist())
+
+
+SQUARE = {"blocks": 1, "block_area": 0.25, "block_aspect": (1.0, 1.0)}
+
+
+def test_a_block_of_just_the_right_size_is_a_box_anywhere_in_every_slot():
+    found = {
+        corner_and_extent(hidden_area(MaskConfig("block", 0.25, **SQUARE), Grid(3, 8, 8), key)) for key in range(300)
+    }
+    assert found == {((0, row, column), (3, 4, 4)) for row in range(5) for column in range(5)}
+
+
+def test_a_short_block_is_a_box_anywhere_in_time_too():
+    config = MaskConfig("block", 0.125, **SQUARE, block_slots=2)
+    found = {corner_and_extent(hidden_area(config, Grid(4, 8, 8), key)) for key in range(900)}
+    assert found == {((slot, row, column), (2, 4, 4)) for slot in range(3) for row in range(5) for column in range(5)}
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.5])
+def test_a_union_of_blocks_is_cut_or_filled_to_the_exact_count(ratio):
+    grid = Grid(2, 8, 8)
+    for key in range(20):
+        (hidden, other) = hidden_area(MaskConfig("block", ratio, **SQUARE), grid, key)
+        (whole, _) = hidden_area(MaskConfig("block", 0.25, **SQUARE), grid, key)
+        assert np.array_equal(hidden, other)
+        assert hidden.sum() == int(ratio * 64)
+        assert np.all(hidden <= whole) if ratio < 0.25 else np.all(whole <= hidden)
+
+
+def test_a_cut_takes_from_the_last_block_first():
+    grid, two = Grid(1, 8, 8), {**SQUARE, "blocks": 2}
+    for key in range(20):
+        first, both = (hidden_area(MaskConfig("block", 0.25, **blocks), grid, key) for blocks in (SQUARE, two))
+        covered = first_covering(key, grid, 2, 0.25, (1.0, 1.0), None).reshape(grid)
+        assert np.array_equal(both, covered == 0)
+        assert (covered < 2).sum() > 16 or np.array_equal(first, both)
+
+
+def test_the_aspect_ratio_of_blocks_is_drawn_between_its_bounds():
+    config = MaskConfig("block", 0.25, blocks=1, block_area=0.25, block_aspect=(0.25, 4.0))
+    extents = set()
+    for key in range(200):
+        covered = first_covering(key, Grid(1, 16, 16), 1, config.block_area, config.block_aspect, None)
+        extents.add(corner_and_extent(covered.reshape(16, 16) == 0)[1])
+    ratios = [height / width for height, width in extents]
+    assert min(ratios) < 0.5
+    assert max(ratios) > 3.5
+    assert all(0.25 <= ratio <= 4 for ratio in ratios)
+    assert all(abs(height * width - 64) <= 8 for height, width in extents), "sides are rounded to whole tokens"
+
+
+def test_blocks_cover_what_the_readme_says():
+    readme = (Path(__file__).parents[2] / "pretrain/model/README.md").read_text()
+    found = re.search(
+        r"two blocks of 0\.7 .* cover (0\.\d+) on average, eight of 0\.15 \(.*?\) (0\.\d+)\.", readme, re.DOTALL
+    )
+    for told, blocks, area in zip(found.groups(), (2, 8), (0.7, 0.15), strict=True):
+        covered = [(first_covering(key, CLIP, blocks, area, (0.75, 1.5), None) < blocks).mean() for key in range(800)]
+        assert abs(np.mean(covered) - float(told)) < 0.015
+    default = MaskConfig()
+    assert (default.blocks, default.block_area, default.block_aspect) == (2, 0.7, (0.75, 1.5))
+
+
+def published_running_cells(kept: int, grid: Grid) -> list[np.ndarray]:
+    """Returns the four maps of VideoMAE V2, True where a token is decoded: a queue of four that moves on each slot."""
+    queue = np.array([False] * (4 - kept) + [True] * kept)
+    cells = [[np.roll(queue, -(start + slot)).reshape(2, 2) for slot in range(grid.slots)] for start in range(4)]
+    return [np.stack([np.tile(cell, (grid.rows // 2, grid.columns // 2)) for cell in clip]) for clip in cells]
+
+
+@pytest.mark.parametrize("kept", [1, 2, 3])
+def test_running_cells_are_those_of_videomae_v2(kept):
+    grid = Grid(8, 4, 6)
+    published = {cells.tobytes() for cells in published_running_cells(kept, grid)}
+    drawn = set()
+    for key in range(40):
+        chosen = np.zeros(grid.tokens, dtype=bool)
+        chosen[running_cell(key, grid, np.arange(grid.tokens), grid.tokens * kept // 4)] = True
+        drawn.add(chosen.tobytes())
+        turns = chosen.reshape(2, 4, 2, 2, 3, 2).sum(1)
+        assert np.all(turns == kept), "over four slots each place of each cell has its turn equally often"
+    assert drawn == published
+
+
+@EXAMPLES
+@given(masks(NAMES.filter(lambda name: name != "causal"), ["running_cell"]), KEYS, KEYS)
+def test_running_cells_choose_masked_tokens_phase_by_phase(mask, mask_key, decoder_key):
+    config, grid = mask
+    visible, chosen = draw_mask(config, grid, mask_key, decoder_key)
+    others = np.setdiff1d(np.arange(grid.tokens), np.concatenate([visible, chosen]))
+    assert any(
+        phases_of(chosen, grid, shift).max(initial=0) <= phases_of(others, grid, shift).min(initial=3)
+        for shift in range(4)
+    )
+
+
+def phases_of(numbers: np.ndarray, grid: Grid, shift: int) -> np.ndarray:
+    slot, row, column = np.unravel_index(numbers, grid)
+    return (np.array([[0, 1], [2, 3]])[row % 2, column % 2] + slot + shift) % 4
+
+
+def test_pictures_show_all_that_training_decodes_at_any_time():
+    config = MaskConfig("tube", 0.5, 0.5, "running_cell")
+    visible, masked = draw_mask(config.as_shown(), CLIP, 1, 2)
+    assert len(visible) + len(masked) == CLIP.tokens
+    assert np.array_equal(visible, draw_mask(config, CLIP, 1, 2)[0])
+    causal = MaskConfig("causal", 0.5, 0.25)
+    assert causal.as_shown() == causal
 
 
 @pytest.mark.parametrize(
@@ -129,8 +322,47 @@ def test_every_encoder_has_masks_that_fit():
         (MaskConfig(decoded=1.5), CLIP, r"mask\.decoded: 1\.5 must be .* at most 1"),
         (MaskConfig(ratio=0.2), Grid(4, 2, 2), r"mask\.ratio: 0\.2 of 4 x 2 x 2 tokens .* 16 visible and 0 to"),
         (MaskConfig(ratio=0.5, decoded=0.1), Grid(2, 2, 2), r"mask\.decoded: 0\.1 of 4 masked tokens"),
+        (MaskConfig("causal", 0.5, 0.2), CLIP, r"mask\.decoded: 0\.2 of 4 masked slots leaves none"),
+        (MaskConfig("causal"), Grid(1, 4, 4), r"mask\.name: a causal mask hides whole slots, but data\.clip\.frames"),
+        (
+            MaskConfig("frame"),
+            Grid(1, 4, 4),
+            r"mask\.name: a frame mask .* encoder\.tubelet give one slot; use a longer",
+        ),
+        (MaskConfig("frame", 0.2), Grid(4, 4, 4), r"mask\.ratio: 0\.2 of 4 x 4 x 4 tokens leaves 64 visible and 0 to"),
+        (
+            MaskConfig("causal", 0.5, 0.5, "running_cell"),
+            CLIP,
+            r"mask\.decoded_pattern: a causal mask \(mask\.name\) decodes the nearest slots whole",
+        ),
+        (
+            MaskConfig(decoded_pattern="running_cell"),
+            CLIP,
+            r"mask\.decoded_pattern: a running_cell is a part of .*, but mask\.decoded 1\.0 is all",
+        ),
+        (
+            MaskConfig("random", decoded=0.5, decoded_pattern="running_cell"),
+            Grid(4, 1, 14),
+            r"mask\.decoded_pattern: .* 2 x 2 positions, but a slot has 1 x 14 by data\.clip\.size and",
+        ),
+        (MaskConfig("tube", block_slots=2), CLIP, r"mask\.block_slots: a tube mask \(mask\.name\) has no blocks"),
+        (
+            MaskConfig("random", blocks=3),
+            CLIP,
+            r"mask\.blocks: a random mask \(mask\.name\) has no blocks; leave it out",
+        ),
+        (MaskConfig("block", blocks=0), CLIP, r"mask\.blocks: 0 must be at least 1"),
+        (MaskConfig("block", block_area=1.0), CLIP, r"mask\.block_area: 1\.0 must lie between 0 and 1"),
+        (MaskConfig("block", block_aspect=(2.0, 1.0)), CLIP, r"mask\.block_aspect: \[2\.0, 1\.0\] must be two numbers"),
+        (MaskConfig("block", block_aspect=(0.0, 1.0)), CLIP, r"mask\.block_aspect: "),
+        (MaskConfig("block", block_slots=0), CLIP, r"mask\.block_slots: 0 must be at least 1"),
+        (
+            MaskConfig("block", block_slots=8),
+            CLIP,
+            r"mask\.block_slots: 8 must be .* less than the 8 slots that data\.clip\.frames and encoder\.tubelet give",
+        ),
     ],
 )
-def test_a_mask_that_leaves_nothing_is_refused_by_its_field(config, grid, message):
+def test_a_mask_that_cannot_be_is_refused_by_its_fields(config, grid, message):
     with pytest.raises(Refused, match=message):
         config.validate("joint", grid)
