@@ -1,6 +1,5 @@
 """Pretraining: the one file that puts data, model and engine together."""
 
-import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,14 @@ from pretrain.engine.tracking import METRICS, read_metrics
 from pretrain.files import replacing
 from pretrain.model.mae import MaskedAutoencoder
 from pretrain.model.masking import MaskConfig, draw_mask
-from pretrain.pictures import PLAIN_RECONSTRUCTION_NOTE, RECONSTRUCTION_NOTE, filmstrip, paint, visible_pixels
+from pretrain.pictures import (
+    PLAIN_RECONSTRUCTION_NOTE,
+    RECONSTRUCTION_NOTE,
+    UNDECODED_NOTE,
+    filmstrip,
+    paint,
+    visible_pixels,
+)
 from pretrain.report import Figure, Section, write_report
 from pretrain.stage import (
     curve_figures,
@@ -209,13 +215,13 @@ def save_reconstructions(
         The files, on rank 0.
     """
     model.eval()
-    data, everything = config.data, dataclasses.replace(config.mask, decoded=1.0)
+    data, mask = config.data, config.mask.as_shown()
     views = EvaluationViews(shards, data.clip, decoder=data.decoder, decode_limit_s=data.decode_limit_s)
     numbers = np.linspace(0, shards.samples - 1, min(PICTURED_CLIPS, shards.samples)).astype(int)
     strips = []
     for number in numbers.tolist():
         view = views[number, True]
-        visible, masked = fixed_masks(everything, config, [number], run.processes.device)
+        visible, masked = fixed_masks(mask, config, [number], run.processes.device)
         prediction = model(view.clips.to(run.processes.device), visible, masked).prediction
         if view.error is None and run.processes.is_main:
             tokens = visible[0].cpu().numpy(), masked[0].cpu().numpy()
@@ -251,6 +257,8 @@ def write_pretraining_report(
 ) -> None:
     """Writes the run's page."""
     note = RECONSTRUCTION_NOTE if config.decoder.normalise_targets else PLAIN_RECONSTRUCTION_NOTE
+    if config.mask.as_shown().decoded < 1:
+        note = f"{note} {UNDECODED_NOTE}"
     write_report(
         out / "report.html",
         title=f"Pretraining {out.name}",
