@@ -21,7 +21,7 @@ from pretrain.engine.run import Run
 from pretrain.engine.tracking import METRICS, read_metrics
 from pretrain.files import replacing
 from pretrain.model.mae import MaskedAutoencoder
-from pretrain.model.masking import MaskConfig, draw_mask
+from pretrain.model.masking import MaskConfig, draw_mask, mask_counts
 from pretrain.pictures import (
     PLAIN_RECONSTRUCTION_NOTE,
     RECONSTRUCTION_NOTE,
@@ -88,7 +88,9 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         if is_finished(run, steps):
             return say_finished(run)
         torch.manual_seed(config.seed)
-        autoencoder = MaskedAutoencoder(encoder_from(config.encoder, config.data.clip), config.decoder)
+        encoder = encoder_from(config.encoder, config.data.clip)
+        visible_slots = mask_counts(config.mask, config.grid).visible_slots
+        autoencoder = MaskedAutoencoder(encoder, config.decoder, visible_slots)
         if initial and not run.saved:
             load_encoder_weights(autoencoder.encoder, *initial)
         validation = functools.partial(reconstruction_loss_on, held_out, config, processes) if held_out else None
@@ -234,7 +236,7 @@ def filmstrip_of(
 ) -> Image:
     """Returns the picture of one reconstruction; arguments as for `paint`."""
     tubelet = config.encoder.tubelet
-    painted = paint(clip, visible, masked, prediction, tubelet, config.decoder.normalise_targets)
+    painted = paint(clip, visible, masked, prediction, tubelet, config.decoder.targets)
     return filmstrip(clip, visible_pixels(visible, clip.shape, tubelet), painted)
 
 
@@ -256,7 +258,7 @@ def write_pretraining_report(
     config: PretrainConfig, out: Path, summary: dict[str, Any], strips: list[Path] | None
 ) -> None:
     """Writes the run's page."""
-    note = RECONSTRUCTION_NOTE if config.decoder.normalise_targets else PLAIN_RECONSTRUCTION_NOTE
+    note = PLAIN_RECONSTRUCTION_NOTE if config.decoder.targets == "pixels" else RECONSTRUCTION_NOTE
     if config.mask.as_shown().decoded < 1:
         note = f"{note} {UNDECODED_NOTE}"
     write_report(

@@ -82,7 +82,7 @@ def test_held_out_samples_that_cannot_be_decoded_are_counted_and_do_not_touch_th
     ("option", "value", "message"),
     [
         ("--encoder.heads", "4", "encoder.heads: is 4, but the encoder in"),
-        ("--encoder.positions", "sincos_separable", "encoder.positions: is sincos_separable, but the encoder in"),
+        ("--encoder.positions", "sincos_3d", "encoder.positions: is sincos_3d, but the encoder in"),
         ("--encoder.tubelet", "[2,16,4]", "encoder.tubelet: is (2, 16, 4), but the encoder in"),
         ("--data.clip.std", "[0.5,0.5,0.5]", "data.clip.std: is (0.5, 0.5, 0.5), but the encoder in"),
     ],
@@ -112,7 +112,7 @@ def test_pictures_of_plain_targets_say_so_show_all_that_is_masked_and_are_logged
     logged = []
     monkeypatch.setattr(Tracker, "log_picture", lambda self, step, name, path: logged.append((step, name)))
     command = ["pretrain", "--config", recipe, "--out", str(tmp_path / "run"), "--steps", "4"]
-    assert main([*command, "--decoder.normalise_targets", "false", "--mask.decoded", "0.5"]) == 0
+    assert main([*command, "--decoder.targets", "pixels", "--mask.decoded", "0.5"]) == 0
     assert logged == [(4, f"reconstruction/{number}") for number in range(4)]
     page = (tmp_path / "run" / "report.html").read_text()
     assert "brightness and contrast included" in page
@@ -126,21 +126,12 @@ def test_pictures_of_plain_targets_say_so_show_all_that_is_masked_and_are_logged
 
 
 def test_pictures_of_a_causal_mask_are_grey_where_training_never_decodes(recipe, tmp_path):
-    command = [
-        "pretrain",
-        "--config",
-        recipe,
-        "--out",
-        str(tmp_path / "run"),
-        "--steps",
-        "4",
-        "--data.clip.frames",
-        "8",
-    ]
-    causal = ["--mask.name", "causal", "--mask.ratio", "0.75", "--mask.decoded", "0.34"]  # slot 0 shows slot 1, of four
+    command = ["pretrain", "--config", recipe, "--out", str(tmp_path / "run"), "--steps", "4"]
+    command += ["--data.clip.frames", "12", "--encoder.name", "factorised_encoder"]
+    causal = ["--mask.name", "causal", "--mask.ratio", "0.84", "--mask.decoded", "0.2"]  # slot 0 shows slot 1, of six
     assert main([*command, *causal]) == 0
     strip = np.asarray(Image.open(tmp_path / "run/pictures/reconstruction-0.png"))
-    side = (strip.shape[1] + 4) // 8 - 4
+    side = (strip.shape[1] + 4) // 12 - 4
     clip, seen, painted = (
         [strip[top : top + side, left : left + side] for left in range(0, strip.shape[1], side + 4)]
         for top in range(0, strip.shape[0], side + 12)

@@ -29,9 +29,20 @@ class Grid(NamedTuple):
         return self.slots * self.positions
 
 
-def grid_of(frames: int, size: int, tubelet: tuple[int, int, int]) -> Grid:
-    """Returns the token grid of a clip of `frames` frames and `size` pixels on each side."""
-    return Grid(frames // tubelet[0], size // tubelet[1], size // tubelet[2])
+Size = int | tuple[int, int]
+"""Height and width in pixels; one number is both."""
+
+
+def grid_of(frames: int, size: Size, tubelet: tuple[int, int, int]) -> Grid:
+    """Returns the token grid of a clip of `frames` frames of `size`."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return Grid(frames // tubelet[0], height // tubelet[1], width // tubelet[2])
+
+
+def coordinates_of(numbers: Tensor, grid: Grid) -> Tensor:
+    """Returns slot, row and column `(..., 3)` of token numbers `(...)`."""
+    place = numbers % grid.positions
+    return torch.stack([numbers // grid.positions, place // grid.columns, place % grid.columns], -1)
 
 
 def cut_tubelets(clips: Tensor, tubelet: tuple[int, int, int]) -> Tensor:
@@ -91,8 +102,10 @@ class TubeletEmbedding(nn.Module):
             `(B, Nv, D)` or `(B, N, D)`.
         """
         tubelets = cut_tubelets(clips, self.tubelet)
-        if visible is not None:
-            tubelets = take_tokens(tubelets, visible)
+        return self.embed(tubelets if visible is None else take_tokens(tubelets, visible))
+
+    def embed(self, tubelets: Tensor) -> Tensor:
+        """Embeds tubelets `(..., P)`, uint8 or normalised floats, as `(..., D)`."""
         if tubelets.dtype == torch.uint8:
             tubelets = self._normalised(tubelets)
         return self.projection(tubelets.to(self.projection.weight.dtype))

@@ -2,16 +2,20 @@
 
 import subprocess
 import sys
+import typing
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from pretrain.errors import Refused
-from pretrain.model.compatibility import GUARANTEES, NEEDS, fits, table
-from pretrain.model.encoder import ENCODERS
-from pretrain.model.masking import MaskConfig, MaskName, draw_mask
+from pretrain.model.compatibility import DECODERS, GUARANTEES, NEEDS, fits, table
+from pretrain.model.encoder import EncoderConfig
+from pretrain.model.encoders import ENCODERS, build_encoder
+from pretrain.model.mae import DecoderConfig, MaskedAutoencoder
+from pretrain.model.masking import MaskConfig, MaskName, draw_mask, mask_counts
 from pretrain.model.tubelets import Grid
 
 ROOT = Path(__file__).parents[2]
@@ -63,9 +67,34 @@ def test_an_encoder_takes_a_mask_exactly_if_it_works_with_all_that_are_drawn(enc
             config.validate(encoder, GRID)
 
 
-def test_the_table_knows_every_encoder_and_every_mask():
-    assert ENCODERS.keys() <= NEEDS.keys() == WORKS.keys()
+PAIRS = [(encoder, kind) for encoder in NEEDS for kind in GUARANTEES if fits(encoder, kind)]
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize(("encoder", "kind"), PAIRS)
+def test_what_the_table_allows_learns_from_every_clip_as_if_it_were_alone(encoder, kind, decoder):
+    torch.manual_seed(0)
+    sizes = EncoderConfig(encoder, width=24, depth=2, heads=2, temporal_depth=1, tubelet=(1, 2, 2))
+    visible_slots = mask_counts(MASKS[kind], GRID).visible_slots
+    config = DecoderConfig(width=16, depth=1, heads=2, attention=decoder)
+    model = MaskedAutoencoder(build_encoder(sizes, 6, (8, 12)), config, visible_slots)
+    drawn = [draw_mask(MASKS[kind], GRID, key, key) for key in range(3)]
+    visible, masked = (torch.from_numpy(np.stack(part)) for part in zip(*drawn, strict=True))
+    clips = torch.randint(0, 256, (3, 6, 8, 12, 3), dtype=torch.uint8)
+    together = model(clips, visible, masked)
+    for clip in range(3):
+        one = slice(clip, clip + 1)
+        alone = model(clips[one], visible[one], masked[one])
+        torch.testing.assert_close(alone.prediction, together.prediction[one], rtol=1e-4, atol=1e-5)
+    together.loss.sum().backward()
+    unmoved = {name for name, value in model.named_parameters() if value.grad is None or not value.grad.any()}
+    assert not unmoved
+
+
+def test_the_table_knows_every_encoder_mask_and_decoder():
+    assert ENCODERS.keys() == NEEDS.keys() == WORKS.keys()
     assert GUARANTEES.keys() == MASKS.keys()
+    assert typing.get_type_hints(DecoderConfig)["attention"].__args__ == DECODERS
     assert all(config.kind == kind for kind, config in MASKS.items())
 
 
