@@ -117,8 +117,10 @@ class MaskConfig:
                 if getattr(self, name) != getattr(MaskConfig, name):
                     raise Refused(f"mask.{name}: a {self.name} mask (mask.name) has no blocks; leave it out")
             return
-        if self.blocks < 1:
-            raise Refused(f"mask.blocks: {self.blocks} must be at least 1")
+        if not 1 <= self.blocks <= grid.tokens:
+            raise Refused(
+                f"mask.blocks: {self.blocks} must be at least 1 and at most the {grid.tokens} tokens of a clip"
+            )
         if not 0 < self.block_area < 1:
             raise Refused(f"mask.block_area: {self.block_area} must lie between 0 and 1")
         if not 0 < self.block_aspect[0] <= self.block_aspect[1] < math.inf:
