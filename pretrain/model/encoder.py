@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pretrain.errors import Refused
 from pretrain.model.blocks import LAYER_NORM_EPS, drop_path_rates, initialise, stack
 from pretrain.model.positions import TEMPERATURE, PositionEmbedding
+from pretrain.model.residual_attention import SMALLEST_STEM_SIDE, ConvolutionalTubeletEmbedding
 from pretrain.model.tubelets import Grid, TubeletEmbedding, grid_of
 
 EncoderName = Literal["joint", "factorised_encoder"]
@@ -28,6 +29,8 @@ VARIANTS = {
     "L": (1024, 24, 16),
     "H": (1280, 32, 16),
 }
+
+STEMS = {"linear": TubeletEmbedding, "residual_attention": ConvolutionalTubeletEmbedding}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +53,8 @@ class EncoderConfig:
     """Width of an MLP's hidden layer over the width of a token."""
     tubelet: tuple[int, int, int] = (2, 16, 16)
     """Frames, height and width of a tubelet."""
+    stem: Literal["linear", "residual_attention"] = "linear"
+    """How a tubelet becomes a token: by a linear projection, or by a small convolutional network with attention."""
     positions: Literal["sincos", "sincos_separable", "learned"] = "sincos"
     """Position embedding."""
     position_temperature: float = TEMPERATURE
@@ -94,6 +99,11 @@ class EncoderConfig:
             raise Refused(f"data.clip.frames: {frames} frames do not divide into tubelets of {t}; change one of them")
         if size % h or size % w:
             raise Refused(f"data.clip.size: {size} pixels do not divide into tubelets of {h} x {w}; change one of them")
+        if self.stem == "residual_attention" and min(h, w) < SMALLEST_STEM_SIDE:
+            raise Refused(
+                f"{field}.stem: residual_attention halves a tubelet's height and width three times, and "
+                f"{field}.tubelet is {t} x {h} x {w}; give sides of at least {SMALLEST_STEM_SIDE}, or the linear stem"
+            )
         if width % heads:
             raise Refused(f"{field}.heads: {heads} heads do not divide {field}.width {width}; change one")
         if width % 2:
@@ -160,7 +170,7 @@ class Encoder(nn.Module):
         self.config = config.resolved()
         self.width = width
         self.grid: Grid = grid_of(frames, size, config.tubelet)
-        self.embedding = TubeletEmbedding(config.tubelet, width, mean, std)
+        self.embedding = STEMS[config.stem](config.tubelet, width, mean, std)
         self.positions = PositionEmbedding(config.positions, self.grid, width, config.position_temperature)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width)) if class_token else None
         rates = drop_path_rates(depth + self._temporal_depth(config), config.drop_path)

@@ -6,6 +6,7 @@ targets normalised in each tubelet and colour channel as in VideoMAE.
 """
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import torch
@@ -67,7 +68,7 @@ class MaskedAutoencoder(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.config = config
-        tubelet_values = encoder.embedding.projection.in_features
+        tubelet_values = math.prod(encoder.config.tubelet) * len(encoder.embedding.mean)
         self.decoder_embedding = nn.Linear(encoder.width, config.width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width))
         # The decoder's positions are fixed; a learned embedding is the encoder's own affair.
