@@ -138,9 +138,13 @@ class Encoded(NamedTuple):
     slots: Tensor | None = None
     class_token: Tensor | None = None
 
+    def last(self) -> Tensor:
+        """Returns what the last transformer returned: the temporal tokens, or all tokens where there are none."""
+        return self.tokens if self.temporal is None else self.temporal
+
     def mean(self) -> Tensor:
         """Returns `(B, D)`, the mean over the temporal tokens, or over all tokens where there are none."""
-        return (self.tokens if self.temporal is None else self.temporal).mean(1)
+        return self.last().mean(1)
 
 
 class Encoder(nn.Module):

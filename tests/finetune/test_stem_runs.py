@@ -29,13 +29,15 @@ def test_the_loss_of_a_run_with_the_stem_falls(pretrained_stem):
     assert sum(losses[-6:]) < 0.95 * sum(losses[:6])
 
 
-def test_a_classifier_starts_from_the_encoder_with_its_stem_and_keeps_it(finetuning, pretrained_stem, tmp_path):
+def test_a_classifier_with_attention_pooling_starts_from_the_encoder_and_keeps_its_stem(
+    finetuning, pretrained_stem, tmp_path
+):
     described = json.loads((pretrained_stem / "encoder" / "config.json").read_text())
     assert described["encoder"]["stem"] == "residual_attention"
     command = [*finetuning, "--out", str(tmp_path / "run"), "--encoder", str(pretrained_stem)]
-    assert main(command) == 0
+    assert main([*command, "--head.pool", "attention"]) == 0
     model, description = load(tmp_path / "run")
-    assert description.encoder.stem == "residual_attention"
+    assert (description.encoder.stem, description.head.pool) == ("residual_attention", "attention")
     assert isinstance(model.encoder.embedding, ConvolutionalTubeletEmbedding)
 
 
