@@ -59,7 +59,7 @@ class SoftMask(nn.Module):
         channels: Channels of the feature map.
         poolings: Number of times that height and width are halved.
         units: Residual units behind each pooling and before each interpolation, r in the paper.
-        kind: How the last convolution's output becomes attention (section 3.2 of the paper, equations 4 to 6).
+        kind: How the last convolution's output becomes attention (the paper's equations 4 to 6).
     """
 
     def __init__(self, channels: int, poolings: int, units: int, kind: AttentionKind) -> None:

@@ -149,6 +149,13 @@ def test_embedding_visible_tubelets_gives_the_rows_of_the_full_embedding():
     torch.testing.assert_close(module.embed(take_tokens(cut_tubelets(clips, TUBELET), visible)), expected)
 
 
+def test_only_visible_tubelets_are_computed():
+    module, sizes = stem(), []
+    module.convolution.register_forward_hook(lambda _, inputs, __: sizes.append(inputs[0].shape))
+    module(clips_of(), torch.tensor([[0, 4, 6], [3, 5, 7]]))
+    assert sizes == [(6, 3, *TUBELET)]
+
+
 def test_a_token_has_no_gradient_from_any_pixel_of_another_tubelet():
     module = stem()
     clips = feature_map(1, 4, 16, 32, 3).requires_grad_()
