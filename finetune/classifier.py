@@ -76,9 +76,9 @@ class AttentionPool(nn.Module):
     def __init__(self, encoder: Encoder) -> None:
         """Creates the query, the projections and the MLP."""
         super().__init__()
-        config = encoder.config
+        block = encoder.config.block()
         self.attention = AttentionPoolLatent(
-            encoder.width, num_heads=config.sizes()[2], mlp_ratio=config.mlp_ratio, norm_layer=nn.LayerNorm
+            block.width, num_heads=block.heads, mlp_ratio=block.mlp_ratio, norm_layer=nn.LayerNorm
         )
         self.apply(initialise)
 

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from pretrain.model.mae import TargetName
+
 RECONSTRUCTION_NOTE = (
     "Top: the clip. Middle: all that the encoder sees. Bottom: visible tubelets as they are, masked ones as the model "
     "predicts them; their brightness and contrast, which the model does not predict, are interpolated from the visible "
@@ -31,7 +33,7 @@ def paint(
     masked: np.ndarray,
     prediction: np.ndarray,
     tubelet: tuple[int, int, int],
-    normalised: bool = True,
+    targets: TargetName = "normalised",
 ) -> np.ndarray:
     """Paints a model's prediction over a clip's masked tubelets, from visible pixels and the prediction alone.
 
@@ -41,10 +43,9 @@ def paint(
         clip: uint8 (T, H, W, C); its hidden pixels are never read.
         visible: Numbers of the tokens that the encoder saw, (Nv,).
         masked: Numbers of the tokens that were predicted, (Nm,).
-        prediction: (Nm, t * h * w * C) in the layout (t, h, w, C): normalised per tubelet and channel, or pixels in
-            [0, 1].
+        prediction: (Nm, t * h * w * C) in the layout (t, h, w, C): normalised values, or pixels in [0, 1].
         tubelet: The size (t, h, w) of a tubelet.
-        normalised: Whether predictions are normalised.
+        targets: What is predicted, as `DecoderConfig.targets`.
 
     Returns:
         uint8 (T, H, W, C): visible tubelets unchanged, masked ones predicted, any others grey.
@@ -52,10 +53,12 @@ def paint(
     visible, masked = np.asarray(visible, dtype=int), np.asarray(masked, dtype=int)
     grid = _grid(clip.shape, tubelet)
     tubelets = _cut(clip, tubelet)
-    if normalised:
-        mean, deviation = _interpolated_statistics(tubelets[visible].astype(np.float64), visible, masked, grid)
+    if targets == "pixels":
+        mean, deviation = np.zeros((len(masked), 1)), np.full((len(masked), 1), 255.0)
     else:
-        mean, deviation = np.zeros((len(masked), clip.shape[-1])), np.full((len(masked), clip.shape[-1]), 255.0)
+        seen = tubelets[visible].astype(np.float64)  # (Nv, t * h * w, C)
+        seen = seen.reshape(len(seen), -1, 1) if targets == "normalised_whole" else seen
+        mean, deviation = _interpolated_statistics(seen, visible, masked, grid)
     pattern = np.nan_to_num(np.asarray(prediction, dtype=np.float64), posinf=1e6, neginf=-1e6).reshape(
         len(masked), *tubelets.shape[1:]
     )

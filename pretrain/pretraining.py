@@ -228,7 +228,7 @@ def filmstrip_of(
 ) -> Image:
     """Returns the picture of one reconstruction; arguments as for `paint`."""
     tubelet = config.encoder.tubelet
-    painted = paint(clip, visible, masked, prediction, tubelet, config.decoder.normalise_targets)
+    painted = paint(clip, visible, masked, prediction, tubelet, config.decoder.targets)
     return filmstrip(clip, visible_pixels(visible, clip.shape, tubelet), painted)
 
 
@@ -250,7 +250,7 @@ def write_pretraining_report(
     config: PretrainConfig, out: Path, summary: dict[str, Any], strips: list[Path] | None
 ) -> None:
     """Writes the run's page."""
-    note = RECONSTRUCTION_NOTE if config.decoder.normalise_targets else PLAIN_RECONSTRUCTION_NOTE
+    note = PLAIN_RECONSTRUCTION_NOTE if config.decoder.targets == "pixels" else RECONSTRUCTION_NOTE
     write_report(
         out / "report.html",
         title=f"Pretraining {out.name}",

@@ -12,7 +12,8 @@ from torch import Tensor
 from pretrain.data.clips import ClipConfig
 from pretrain.errors import Refused
 from pretrain.files import replacing, write_json
-from pretrain.model.encoder import Encoder, EncoderConfig, build_encoder
+from pretrain.model.encoder import Encoder, EncoderConfig
+from pretrain.model.encoders import build_encoder
 
 FORMAT_VERSION = 1
 

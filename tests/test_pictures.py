@@ -85,7 +85,7 @@ def test_a_model_with_plain_targets_predicts_the_pixels_themselves():
     clip = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), dtype=np.uint8)
     masked = np.arange(1, 8)
     pixels = clip.reshape(2, 2, 2, 2, 2, 3).transpose(0, 1, 3, 2, 4, 5).reshape(8, 12) / 255
-    painting = paint(clip, np.array([0]), masked, pixels[masked], (1, 2, 2), normalised=False)
+    painting = paint(clip, np.array([0]), masked, pixels[masked], (1, 2, 2), targets="pixels")
     assert np.array_equal(painting, clip)
     assert not np.array_equal(paint(clip, np.array([0]), masked, pixels[masked], (1, 2, 2)), clip)
 

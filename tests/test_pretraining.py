@@ -79,7 +79,7 @@ def test_held_out_samples_that_cannot_be_decoded_are_counted_and_do_not_touch_th
     ("option", "value", "message"),
     [
         ("--encoder.heads", "4", "encoder.heads: is 4, but the encoder in"),
-        ("--encoder.positions", "sincos_separable", "encoder.positions: is sincos_separable, but the encoder in"),
+        ("--encoder.positions", "sincos_3d", "encoder.positions: is sincos_3d, but the encoder in"),
         ("--encoder.tubelet", "[2,16,4]", "encoder.tubelet: is (2, 16, 4), but the encoder in"),
         ("--data.clip.std", "[0.5,0.5,0.5]", "data.clip.std: is (0.5, 0.5, 0.5), but the encoder in"),
     ],
@@ -107,7 +107,7 @@ def test_pictures_of_plain_targets_say_so_and_are_logged_at_the_last_step(recipe
     logged = []
     monkeypatch.setattr(Tracker, "log_picture", lambda self, step, name, path: logged.append((step, name)))
     command = ["pretrain", "--config", recipe, "--out", str(tmp_path / "run"), "--steps", "4"]
-    assert main([*command, "--decoder.normalise_targets", "false"]) == 0
+    assert main([*command, "--decoder.targets", "pixels"]) == 0
     assert logged == [(4, f"reconstruction/{number}") for number in range(4)]
     page = (tmp_path / "run" / "report.html").read_text()
     assert "brightness and contrast included" in page

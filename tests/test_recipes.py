@@ -30,7 +30,7 @@ EVERY_PRETRAINING = {
     "encoder.position_temperature": 1e4,
     "encoder.drop_path": 0.0,
     "decoder.mlp_ratio": 4.0,
-    "decoder.normalise_targets": True,
+    "decoder.targets": "normalised",
     "mask.name": "tube",
     "mask.decoded": 1.0,
     "optimizer.warmup_epochs": 40,

@@ -1,9 +1,8 @@
-"""ViViT encoders (arXiv 2103.15691) that run on all tokens, or on visible tokens only as in MAE (arXiv 2111.06377).
+"""What an encoder is: its configuration, what it returns, and what all encoders share.
 
-    joint                model 1: every token attends to every token
-    factorised_encoder   model 2: a spatial transformer inside each slot, then a temporal one over the slots' means
-
-An encoder returns tokens for a decoder to read and, for a classifier, its class token or the means to pool.
+The five encoders themselves are in `encoders.py`. An encoder runs on all tokens of a clip, or on visible tokens only as
+in MAE (arXiv 2111.06377); it returns tokens for a decoder to read and, for a classifier, its class token or the tokens
+to pool.
 """
 
 import dataclasses
@@ -14,23 +13,52 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.errors import Refused
-from pretrain.model.blocks import LAYER_NORM_EPS, drop_path_rates, initialise, stack
-from pretrain.model.positions import TEMPERATURE, PositionEmbedding
+from pretrain.model.attention import BiasName, Rotary
+from pretrain.model.blocks import (
+    LAYER_NORM_EPS,
+    ActivationName,
+    Block,
+    BlockConfig,
+    ResidualBlock,
+    drop_path_rates,
+    initialise,
+    stack,
+)
+from pretrain.model.positions import TEMPERATURE, WITH_WAVELENGTHS, PositionEmbedding, PositionName, RotaryEmbedding
 from pretrain.model.residual_attention import SMALLEST_STEM_SIDE, ConvolutionalTubeletEmbedding
-from pretrain.model.tubelets import Grid, TubeletEmbedding, grid_of
+from pretrain.model.tubelets import Grid, Size, TubeletEmbedding, coordinates_of, grid_of
 
-EncoderName = Literal["joint", "factorised_encoder"]
+EncoderName = Literal[
+    "joint", "factorised_encoder", "factorised_self_attention", "factorised_dot_product", "cross_frame"
+]
+VariantName = Literal["Ti", "S", "B", "L", "H", "g"]
+StemName = Literal["linear", "residual_attention"]
 
-# Width, depth, heads: ViT (arXiv 2010.11929, table 1), Ti and S from DeiT (arXiv 2012.12877), as VideoMAE uses them.
-VARIANTS = {
-    "Ti": (192, 12, 3),
-    "S": (384, 12, 6),
-    "B": (768, 12, 12),
-    "L": (1024, 24, 16),
-    "H": (1280, 32, 16),
+STEMS: dict[StemName, type[TubeletEmbedding]] = {
+    "linear": TubeletEmbedding,
+    "residual_attention": ConvolutionalTubeletEmbedding,
 }
 
-STEMS = {"linear": TubeletEmbedding, "residual_attention": ConvolutionalTubeletEmbedding}
+
+class Variant(NamedTuple):
+    """A published size."""
+
+    width: int
+    depth: int
+    heads: int
+    mlp_ratio: float = 4.0
+
+
+# ViT (arXiv 2010.11929, table 1), Ti and S from DeiT (arXiv 2012.12877), as VideoMAE uses them; g as in VideoMAE V2
+# (arXiv 2303.16727).
+VARIANTS: dict[VariantName, Variant] = {
+    "Ti": Variant(192, 12, 3),
+    "S": Variant(384, 12, 6),
+    "B": Variant(768, 12, 12),
+    "L": Variant(1024, 24, 16),
+    "H": Variant(1280, 32, 16),
+    "g": Variant(1408, 40, 16, 48 / 11),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +67,8 @@ class EncoderConfig:
 
     name: EncoderName = "joint"
     """How tokens attend to each other over space and time."""
-    variant: Literal["Ti", "S", "B", "L", "H"] = "B"
-    """Published size, which sets width, depth and heads."""
+    variant: VariantName = "B"
+    """Published size, which sets width, depth, heads and mlp_ratio."""
     width: int | None = None
     """Width of a token in place of the variant's."""
     depth: int | None = None
@@ -49,36 +77,51 @@ class EncoderConfig:
     """Number of heads in place of the variant's."""
     temporal_depth: int = 4
     """Blocks of the factorised encoder's temporal transformer."""
-    mlp_ratio: float = 4.0
-    """Width of an MLP's hidden layer over the width of a token."""
+    mlp_ratio: float | None = None
+    """Width of an MLP's hidden layer over the width of a token, in place of the variant's."""
     tubelet: tuple[int, int, int] = (2, 16, 16)
-    """Frames, height and width of a tubelet."""
-    stem: Literal["linear", "residual_attention"] = "linear"
+    """Frames, height and width of a tubelet; one frame is uniform frame sampling."""
+    stem: StemName = "linear"
     """How a tubelet becomes a token: by a linear projection, or by a small convolutional network with attention."""
-    positions: Literal["sincos", "sincos_separable", "learned"] = "sincos"
+    positions: PositionName = "sincos"
     """Position embedding."""
     position_temperature: float = TEMPERATURE
-    """Greatest wavelength of sine-cosine positions over the smallest; on grids of few tokens small models learn faster
-    with a small one."""
+    """Greatest wavelength of sine-cosine or rotary positions over the smallest; on grids of few tokens small models
+    learn faster with a small one."""
     drop_path: float = 0.0
     """Probability that a clip skips the last block's branches in training; rises linearly from the first block."""
+    activation: ActivationName = "gelu"
+    """Activation of the MLPs."""
+    biases: BiasName = "query_value"
+    """Which of queries, keys and values have biases: VideoMAE's leave out the keys', ViT's are on all."""
+    qk_norm: bool = False
+    """Normalise queries and keys in each head."""
+    layer_scale: float | None = None
+    """First value of learned factors on each branch; null has none."""
+    norm_eps: float = LAYER_NORM_EPS
+    """What layer norms add to the variance."""
+    input_norm: bool = False
+    """Normalise tokens before the first block, as CLIP does."""
 
-    def sizes(self) -> tuple[int, int, int]:
-        """Returns width, depth and heads: the ones given, else the variant's."""
-        width, depth, heads = VARIANTS[self.variant]
-        return (
-            width if self.width is None else self.width,
-            depth if self.depth is None else self.depth,
-            heads if self.heads is None else self.heads,
-        )
+    def sizes(self) -> Variant:
+        """Returns width, depth, heads and MLP ratio: the ones given, else the variant's."""
+        published = VARIANTS[self.variant]
+        given = {name: getattr(self, name) for name in Variant._fields}
+        return published._replace(**{name: value for name, value in given.items() if value is not None})
 
     def resolved(self) -> "EncoderConfig":
-        """Returns the same architecture with width, depth and heads spelt out."""
-        width, depth, heads = self.sizes()
-        return dataclasses.replace(self, width=width, depth=depth, heads=heads)
+        """Returns the same architecture with width, depth, heads and MLP ratio spelt out."""
+        return dataclasses.replace(self, **self.sizes()._asdict())
 
-    def validate(self, frames: int, size: int, field: str = "encoder") -> None:
-        """Checks the architecture for clips of `frames` frames and `size` pixels on each side.
+    def block(self) -> BlockConfig:
+        """Returns what all blocks of the encoder share."""
+        width, _, heads, mlp_ratio = self.sizes()
+        return BlockConfig(
+            width, heads, mlp_ratio, self.activation, self.biases, self.qk_norm, self.layer_scale, self.norm_eps
+        )
+
+    def validate(self, frames: int, size: Size, field: str = "encoder") -> None:
+        """Checks the architecture for clips of `frames` frames of `size`.
 
         Args:
             frames: Frames of a clip.
@@ -88,32 +131,57 @@ class EncoderConfig:
         Raises:
             Refused: A size cannot be, or does not divide.
         """
-        width, depth, heads = self.sizes()
+        width, depth, heads, mlp_ratio = self.sizes()
         refuse_below_one(
-            field, width=width, depth=depth, heads=heads, temporal_depth=self.temporal_depth, mlp_ratio=self.mlp_ratio
+            field, width=width, depth=depth, heads=heads, temporal_depth=self.temporal_depth, mlp_ratio=mlp_ratio
         )
+        height, breadth = (size, size) if isinstance(size, int) else size
         t, h, w = self.tubelet
         if min(t, h, w) < 1:
             raise Refused(f"{field}.tubelet: {t} x {h} x {w} must be at least 1 x 1 x 1")
         if frames % t:
             raise Refused(f"data.clip.frames: {frames} frames do not divide into tubelets of {t}; change one of them")
-        if size % h or size % w:
+        if height % h or breadth % w:
             raise Refused(f"data.clip.size: {size} pixels do not divide into tubelets of {h} x {w}; change one of them")
+        self._validate_stem(field)
+        self._validate_heads(field, width, heads)
+        self._validate_positions(field, width // heads)
+        if not 0 <= self.drop_path < 1:
+            raise Refused(f"{field}.drop_path: {self.drop_path} must be at least 0 and less than 1")
+        if self.layer_scale is not None and not 0 < self.layer_scale < math.inf:
+            raise Refused(f"{field}.layer_scale: {self.layer_scale} must be greater than 0; leave it out to have none")
+        if not 0 < self.norm_eps < 1:
+            raise Refused(f"{field}.norm_eps: {self.norm_eps} must be greater than 0 and less than 1")
+
+    def _validate_stem(self, field: str) -> None:
+        t, h, w = self.tubelet
         if self.stem == "residual_attention" and min(h, w) < SMALLEST_STEM_SIDE:
             raise Refused(
                 f"{field}.stem: residual_attention halves a tubelet's height and width three times, and "
                 f"{field}.tubelet is {t} x {h} x {w}; give sides of at least {SMALLEST_STEM_SIDE}, or the linear stem"
             )
+
+    def _validate_heads(self, field: str, width: int, heads: int) -> None:
         if width % heads:
             raise Refused(f"{field}.heads: {heads} heads do not divide {field}.width {width}; change one")
         if width % 2:
             raise Refused(f"{field}.width: {width} must be even")
+        if self.name == "factorised_dot_product" and heads % 2:
+            raise Refused(
+                f"{field}.heads: {heads} is odd, but {field}.name factorised_dot_product puts half of the heads in "
+                f"space and half in time; use an even number"
+            )
+
+    def _validate_positions(self, field: str, head_width: int) -> None:
         if not 1 < self.position_temperature < math.inf:
             raise Refused(f"{field}.position_temperature: {self.position_temperature} must be greater than 1")
-        if self.positions == "learned" and self.position_temperature != TEMPERATURE:
-            raise Refused(f"{field}.position_temperature: learned positions have none; leave it out")
-        if not 0 <= self.drop_path < 1:
-            raise Refused(f"{field}.drop_path: {self.drop_path} must be at least 0 and less than 1")
+        if self.positions not in WITH_WAVELENGTHS and self.position_temperature != TEMPERATURE:
+            raise Refused(f"{field}.position_temperature: {self.positions} positions have none; leave it out")
+        if self.positions == "rotary" and (head_width < 6 or head_width % 2):
+            raise Refused(
+                f"{field}.positions: rotary turns pairs of a head's channels for each of three axes, but "
+                f"{field}.width and {field}.heads make heads of {head_width}; use an even width of at least 6"
+            )
 
 
 def refuse_below_one(group: str, **sizes: float) -> None:
@@ -159,28 +227,37 @@ class Encoder(nn.Module):
         class_token: Add a learned class token.
     """
 
+    block: type[ResidualBlock] = Block
+    has_class_tokens = False
+    """Whether the design has class tokens from pretraining on, wanted or not."""
+
     def __init__(
         self,
         config: EncoderConfig,
         frames: int,
-        size: int,
+        size: Size,
         mean: tuple[float, ...],
         std: tuple[float, ...],
         class_token: bool = False,
     ) -> None:
         """Creates and initialises the weights."""
         super().__init__()
-        width, depth, heads = config.sizes()
+        width, depth, heads, _ = config.sizes()
         self.config = config.resolved()
         self.width = width
         self.grid: Grid = grid_of(frames, size, config.tubelet)
         self.embedding = STEMS[config.stem](config.tubelet, width, mean, std)
         self.positions = PositionEmbedding(config.positions, self.grid, width, config.position_temperature)
-        self.class_token = nn.Parameter(torch.zeros(1, 1, width)) if class_token else None
+        has_class_token = class_token or self.has_class_tokens
+        self.class_token = nn.Parameter(torch.zeros(1, 1, width)) if has_class_token else None
+        self.input_norm = config.block().norm() if config.input_norm else nn.Identity()
         rates = drop_path_rates(depth + self._temporal_depth(config), config.drop_path)
-        self.blocks = stack(depth, width, heads, config.mlp_ratio, rates[:depth])
-        self.norm: nn.Module = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.blocks = stack(self.block, config.block(), depth, rates[:depth])
+        self.norm: nn.Module = config.block().norm()
         self._build_rest(config, rates[depth:])
+        self.rotary = None
+        if config.positions == "rotary":
+            self.rotary = RotaryEmbedding(width // heads, config.position_temperature)
         self.apply(initialise)
         if self.class_token is not None:
             nn.init.trunc_normal_(self.class_token, std=0.02)
@@ -195,12 +272,24 @@ class Encoder(nn.Module):
         """Returns embedded tubelets with positions: `(B, Nv, D)`, or `(B, N, D)` if `visible` is None."""
         return self.positions(self.embedding(clips, visible), visible)
 
-    def forward(self, clips: Tensor, visible: Tensor | None = None) -> Encoded:
+    def coordinates(self, clips: Tensor, visible: Tensor | None) -> Tensor:
+        """Returns slot, row and column `(B, Nv, 3)` of the tokens that `embed` returns."""
+        if visible is None:
+            visible = torch.arange(self.grid.tokens, device=clips.device).expand(len(clips), -1)
+        return coordinates_of(visible, self.grid)
+
+    def turns(self, clips: Tensor, visible: Tensor | None, before: int = 0) -> Rotary | None:
+        """Returns the turns of `before` class tokens and the tokens that `embed` returns; None without rotary."""
+        return None if self.rotary is None else self.rotary(self.coordinates(clips, visible), before)
+
+    def forward(self, clips: Tensor, visible: Tensor | None = None, visible_slots: int | None = None) -> Encoded:
         """Encodes clips.
 
         Args:
             clips: `(B, T, H, W, C)`: uint8, or floats that are normalised already.
             visible: `(B, Nv)` ascending token numbers, or None for all tokens.
+            visible_slots: Number of slots that hold visible tokens, S, in every clip of the batch; None for all slots.
+                What else must hold for a design, `masking.py` tells.
         """
         raise NotImplementedError
 
@@ -216,102 +305,9 @@ class Encoder(nn.Module):
     def layer_of(self, name: str) -> int:
         """Returns a parameter's layer for layer-wise decay: 0 before the blocks, i + 1 in block i, then the rest.
 
-        The class token counts among the rest: it is new in finetuning, like the head.
+        A class token that pretraining has not seen counts among the rest: it is new in finetuning, like the head.
         """
         if name.startswith("blocks."):
             return int(name.split(".")[1]) + 1
-        return 0 if name.startswith(("embedding.", "positions.")) else self.layers + 1
-
-
-class JointEncoder(Encoder):
-    """Spatio-temporal attention, ViViT's model 1; the class token stands first in the sequence."""
-
-    def forward(self, clips: Tensor, visible: Tensor | None = None) -> Encoded:
-        """See `Encoder.forward`."""
-        tokens = self.embed(clips, visible)
-        if self.class_token is not None:
-            tokens = torch.cat([self.class_token.expand(len(tokens), -1, -1), tokens], 1)
-        for block in self.blocks:
-            tokens = block(tokens)
-        tokens = self.norm(tokens)
-        if self.class_token is None:
-            return Encoded(tokens)
-        return Encoded(tokens[:, 1:], class_token=tokens[:, 0])
-
-
-class FactorisedEncoder(Encoder):
-    """ViViT's model 2; a slot is summarised by the mean of its tokens, the class token joins the temporal transformer.
-
-    With `visible` given, all slots that hold visible tokens must hold equally many, in every clip of the batch.
-    """
-
-    def _temporal_depth(self, config: EncoderConfig) -> int:
-        return config.temporal_depth
-
-    def _build_rest(self, config: EncoderConfig, rates: list[float]) -> None:
-        width, _, heads = config.sizes()
-        slots = Grid(self.grid.slots, 1, 1)
-        self.temporal_positions = PositionEmbedding(config.positions, slots, width, config.position_temperature)
-        self.temporal_blocks = stack(config.temporal_depth, width, heads, config.mlp_ratio, rates)
-        self.temporal_norm: nn.Module = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-
-    def forward(self, clips: Tensor, visible: Tensor | None = None) -> Encoded:
-        """See `Encoder.forward`."""
-        tokens = self.embed(clips, visible)
-        slots = self._visible_slots(len(clips), visible, tokens.device)
-        B, S = slots.shape
-        spatial = tokens.reshape(B * S, -1, self.width)
-        for block in self.blocks:
-            spatial = block(spatial)
-        spatial = self.norm(spatial).reshape(B, S, -1, self.width)
-
-        temporal = self.temporal_positions(spatial.mean(2), slots)
-        if self.class_token is not None:
-            temporal = torch.cat([self.class_token.expand(B, -1, -1), temporal], 1)
-        for block in self.temporal_blocks:
-            temporal = block(temporal)
-        temporal = self.temporal_norm(temporal)
-        tokens = spatial.flatten(1, 2)
-        if self.class_token is None:
-            return Encoded(tokens, temporal, slots)
-        return Encoded(tokens, temporal[:, 1:], slots, temporal[:, 0])
-
-    def _visible_slots(self, batch: int, visible: Tensor | None, device: torch.device) -> Tensor:
-        if visible is None:
-            return torch.arange(self.grid.slots, device=device).expand(batch, -1)
-        # Token numbers ascend, so the tokens of a slot stand together and the first of each group names the slot.
-        number = visible // self.grid.positions
-        slots_seen = int((number[0, 1:] != number[0, :-1]).sum()) + 1
-        return number[:, :: number.shape[1] // slots_seen]
-
-    def leave_out_last_norm(self) -> None:
-        """See `Encoder.leave_out_last_norm`."""
-        self.temporal_norm = nn.Identity()
-
-    @property
-    def layers(self) -> int:
-        """See `Encoder.layers`; the temporal blocks follow the spatial ones."""
-        return len(self.blocks) + len(self.temporal_blocks)
-
-    def layer_of(self, name: str) -> int:
-        """See `Encoder.layer_of`."""
-        if name.startswith("temporal_blocks."):
-            return len(self.blocks) + int(name.split(".")[1]) + 1
-        if name.startswith(("norm.", "temporal_positions.")):
-            return len(self.blocks)
-        return super().layer_of(name)
-
-
-ENCODERS: dict[str, type[Encoder]] = {"joint": JointEncoder, "factorised_encoder": FactorisedEncoder}
-
-
-def build_encoder(
-    config: EncoderConfig,
-    frames: int,
-    size: int,
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406),
-    std: tuple[float, ...] = (0.229, 0.224, 0.225),
-    class_token: bool = False,
-) -> Encoder:
-    """Returns the encoder that `config.name` asks for; arguments as for `Encoder`."""
-    return ENCODERS[config.name](config, frames, size, mean, std, class_token)
+        before = name.startswith(("embedding.", "positions.", "input_norm."))
+        return 0 if before or (name == "class_token" and self.has_class_tokens) else self.layers + 1

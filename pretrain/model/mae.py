@@ -1,22 +1,28 @@
 """The masked autoencoder for clips (arXiv 2111.06377; video: arXiv 2203.12602, arXiv 2205.09113).
 
 The encoder sees the visible tubelets. A light decoder reads its output and one mask token for each tubelet that is to
-be reconstructed, all with positions, and predicts pixels. The loss is the mean squared error on these tubelets, with
-targets normalised in each tubelet and colour channel as in VideoMAE.
+be reconstructed, all with positions, and predicts pixels. The loss is the mean squared error on these tubelets. The
+decoder attends jointly over all it is given (VideoMAE), or its mask tokens look into the encoder's output alone
+(CrossMAE, arXiv 2401.14391), so that a part of the masked tokens costs no more than that part.
 """
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from pretrain.errors import Refused
-from pretrain.model.blocks import LAYER_NORM_EPS, initialise, stack
+from pretrain.model.blocks import LAYER_NORM_EPS, Block, BlockConfig, CrossBlock, initialise, stack
 from pretrain.model.encoder import Encoded, Encoder, refuse_below_one
-from pretrain.model.positions import PositionEmbedding
+from pretrain.model.positions import PositionEmbedding, fixed_kind
 from pretrain.model.tubelets import Grid, cut_tubelets, take_tokens
+
+TargetName = Literal["normalised", "normalised_whole", "pixels"]
+
+TARGET_EPS = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +37,11 @@ class DecoderConfig:
     """Number of heads."""
     mlp_ratio: float = 4.0
     """Width of an MLP's hidden layer over the width of a token."""
-    normalise_targets: bool = True
-    """Reconstruct pixels normalised in each tubelet and channel instead of plain ones."""
+    attention: Literal["joint", "cross"] = "joint"
+    """joint: all tokens attend to all (VideoMAE); cross: mask tokens look into the encoded ones alone (CrossMAE)."""
+    targets: TargetName = "normalised"
+    """Pixels normalised in each tubelet and colour channel (VideoMAE), in each tubelet as a whole (mae_st, MAE), or
+    plain."""
 
     def validate(self) -> None:
         """Raises `Refused` for sizes that cannot be or that do not divide."""
@@ -61,25 +70,28 @@ class MaskedAutoencoder(nn.Module):
     Args:
         encoder: The encoder to train.
         config: The decoder.
+        visible_slots: Number of slots that hold visible tokens; None for all.
     """
 
-    def __init__(self, encoder: Encoder, config: DecoderConfig) -> None:
+    def __init__(self, encoder: Encoder, config: DecoderConfig, visible_slots: int | None = None) -> None:
         """Creates the decoder; the encoder keeps its weights."""
         super().__init__()
         self.encoder = encoder
         self.config = config
-        tubelet_values = math.prod(encoder.config.tubelet) * len(encoder.embedding.mean)
+        self.visible_slots = visible_slots
         self.decoder_embedding = nn.Linear(encoder.width, config.width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width))
-        # The decoder's positions are fixed; a learned embedding is the encoder's own affair.
-        positions = "sincos" if encoder.config.positions == "learned" else encoder.config.positions
-        temperature = encoder.config.position_temperature
+        # The decoder's positions are fixed; learned ones are the encoder's own affair.
+        kind, temperature = fixed_kind(encoder.config.positions), encoder.config.position_temperature
         slots = Grid(encoder.grid.slots, 1, 1)
-        self.decoder_positions = PositionEmbedding(positions, encoder.grid, config.width, temperature)
-        self.slot_positions = PositionEmbedding(positions, slots, config.width, temperature)
-        self.decoder_blocks = stack(config.depth, config.width, config.heads, config.mlp_ratio, [0.0] * config.depth)
+        self.decoder_positions = PositionEmbedding(kind, encoder.grid, config.width, temperature)
+        self.slot_positions = PositionEmbedding(kind, slots, config.width, temperature)
+        self.looks_across = config.attention == "cross"
+        block = CrossBlock if self.looks_across else Block
+        sizes = BlockConfig(config.width, config.heads, config.mlp_ratio)
+        self.decoder_blocks = stack(block, sizes, config.depth)
         self.decoder_norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
-        self.decoder_head = nn.Linear(config.width, tubelet_values)
+        self.decoder_head = nn.Linear(config.width, math.prod(encoder.config.tubelet) * len(encoder.embedding.mean))
         for part in (self.decoder_embedding, self.decoder_blocks, self.decoder_head):
             part.apply(initialise)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
@@ -92,7 +104,7 @@ class MaskedAutoencoder(nn.Module):
             visible: `(B, Nv)` ascending numbers of the tokens that the encoder sees.
             masked: `(B, Nm)` ascending numbers of the tokens to reconstruct.
         """
-        prediction = self.decode(self.encoder(clips, visible), visible, masked)
+        prediction = self.decode(self.encoder(clips, visible, self.visible_slots), visible, masked)
         error = (prediction.float() - self.targets(clips, masked)).square()
         return Reconstruction(error.mean((1, 2)), prediction)
 
@@ -107,20 +119,42 @@ class MaskedAutoencoder(nn.Module):
         Returns:
             `(B, Nm, P)`.
         """
-        tokens = [self.decoder_positions(self.decoder_embedding(encoded.tokens), visible)]
+        context = self.decoder_positions(self.decoder_embedding(encoded.tokens), visible)
         if encoded.temporal is not None:
-            tokens.append(self.slot_positions(self.decoder_embedding(encoded.temporal), encoded.slots))
-        tokens.append(self.decoder_positions(self.mask_token.expand(*masked.shape, -1), masked))
-        sequence = torch.cat(tokens, 1)
-        for block in self.decoder_blocks:
-            sequence = block(sequence)
-        return self.decoder_head(self.decoder_norm(sequence[:, -masked.shape[1] :]))
+            temporal = self.slot_positions(self.decoder_embedding(encoded.temporal), encoded.slots)
+            context = torch.cat([context, temporal], 1)
+        return self.predict(context, self.decoder_positions(self.mask_token.expand(*masked.shape, -1), masked))
+
+    def predict(self, context: Tensor, asked: Tensor, mask: Tensor | BlockMask | None = None) -> Tensor:
+        """Runs the decoder's blocks.
+
+        Args:
+            context: `(B, K, decoder.width)` encoded tokens, with positions.
+            asked: `(B, Nm, decoder.width)` mask tokens, with positions.
+            mask: Which tokens see which, as for `Attention`: `asked` the context if the decoder looks across, else the
+                context and `asked` in one sequence each other.
+
+        Returns:
+            `(B, Nm, P)`.
+        """
+        if self.looks_across:
+            decoded = self.decoder_blocks(asked, context, mask)
+        else:
+            decoded = self.decoder_blocks(torch.cat([context, asked], 1), mask)[:, context.shape[1] :]
+        return self.decoder_head(self.decoder_norm(decoded))
 
     def targets(self, clips: Tensor, masked: Tensor) -> Tensor:
         """Returns `(B, Nm, P)`, the values that the decoder should predict."""
-        tubelets = take_tokens(cut_tubelets(clips, self.encoder.config.tubelet), masked)
-        pixels = tubelets.float().unflatten(-1, (-1, clips.shape[-1])) / 255  # (B, Nm, t * h * w, C)
-        if self.config.normalise_targets:
-            mean, deviation = pixels.mean(-2, keepdim=True), pixels.std(-2, keepdim=True)
-            pixels = (pixels - mean) / (deviation + 1e-6)
-        return pixels.flatten(-2)
+        return self.targets_of(take_tokens(cut_tubelets(clips, self.encoder.config.tubelet), masked), clips.shape[-1])
+
+    def targets_of(self, tubelets: Tensor, channels: int) -> Tensor:
+        """Returns what to predict of uint8 tubelets `(..., P)` with so many colour channels: floats `(..., P)`."""
+        pixels = tubelets.float() / 255
+        if self.config.targets == "pixels":
+            return pixels
+        if self.config.targets == "normalised_whole":
+            variance, mean = torch.var_mean(pixels, -1, keepdim=True)
+            return (pixels - mean) / (variance + TARGET_EPS).sqrt()
+        pixels = pixels.unflatten(-1, (-1, channels))  # (..., t * h * w, C)
+        deviation, mean = torch.std_mean(pixels, -2, keepdim=True)
+        return ((pixels - mean) / (deviation + TARGET_EPS)).flatten(-2)

@@ -20,6 +20,9 @@ MaskName = Literal["tube", "random"]
 FITS: dict[str, tuple[MaskName, ...]] = {
     "joint": ("tube", "random"),
     "factorised_encoder": ("tube",),
+    "factorised_self_attention": ("tube",),
+    "factorised_dot_product": ("tube",),
+    "cross_frame": ("tube",),
 }
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pretrain.model.tubelets import cut_tubelets, take_tokens
+from pretrain.model.tubelets import TubeletEmbedding, cut_tubelets
 
 AttentionKind = Literal["mixed", "channel", "spatial"]
 
@@ -126,11 +126,12 @@ class ResidualAttention(nn.Module):
         return self.mask(self.before(features))
 
 
-class ConvolutionalTubeletEmbedding(nn.Module):
-    """Embeds each tubelet by a small convolutional network with residual attention, in place of `TubeletEmbedding`.
+class ConvolutionalTubeletEmbedding(TubeletEmbedding):
+    """Embeds each tubelet by a small convolutional network with residual attention.
 
     A convolution that halves height and width, residual attention, and a linear projection of the whole map: a token
-    depends on the pixels of its own tubelet and on nothing else.
+    depends on the pixels of its own tubelet and on nothing else. At 2 x 16 x 16 and width 768 this takes less than four
+    times the multiply-adds of the linear projection, about a twentieth of those of ViT-B's blocks.
 
     Args:
         tubelet: Frames, height and width of a tubelet; height and width of at least `SMALLEST_STEM_SIDE`.
@@ -139,9 +140,6 @@ class ConvolutionalTubeletEmbedding(nn.Module):
         std: Standard deviation of each colour channel.
         channels: Channels of the feature map, a multiple of 4.
     """
-
-    mean: Tensor
-    std: Tensor
 
     def __init__(
         self,
@@ -152,31 +150,12 @@ class ConvolutionalTubeletEmbedding(nn.Module):
         channels: int = STEM_CHANNELS,
     ) -> None:
         """Creates the network; the projection is Xavier-initialised as in MAE."""
-        super().__init__()
-        self.tubelet = tubelet
-        self.register_buffer("mean", torch.tensor(mean), persistent=False)
-        self.register_buffer("std", torch.tensor(std), persistent=False)
         t, h, w = tubelet
+        super().__init__(tubelet, width, mean, std, features=channels * t * math.ceil(h / 2) * math.ceil(w / 2))
         depth = 1 if t == 1 else 3
         self.convolution = nn.Conv3d(len(mean), channels, (depth, 3, 3), (1, 2, 2), (depth // 2, 1, 1))
         self.attention = ResidualAttention(channels)
         self.norm = nn.GroupNorm(1, channels)
-        self.projection = nn.Linear(channels * t * math.ceil(h / 2) * math.ceil(w / 2), width)
-        nn.init.xavier_uniform_(self.projection.weight)
-        nn.init.zeros_(self.projection.bias)
-
-    def forward(self, clips: Tensor, visible: Tensor | None = None) -> Tensor:
-        """Embeds all tubelets, or those of the token numbers `visible`.
-
-        Args:
-            clips: `(B, T, H, W, C)`: uint8, normalised here, or floats that are normalised already.
-            visible: `(B, Nv)` token numbers, or None for all.
-
-        Returns:
-            `(B, Nv, D)` or `(B, N, D)`.
-        """
-        tubelets = cut_tubelets(clips, self.tubelet)
-        return self.embed(tubelets if visible is None else take_tokens(tubelets, visible))
 
     def embed(self, tubelets: Tensor) -> Tensor:
         """Embeds tubelets `(..., P)`, uint8 or normalised floats, as tokens `(..., D)`."""
@@ -202,10 +181,8 @@ class ConvolutionalTubeletEmbedding(nn.Module):
 
     def _features(self, tubelets: Tensor) -> Tensor:
         """Returns the first feature map of each tubelet: `(..., P)` to `(K, channels, t, h / 2, w / 2)`."""
-        pixels = tubelets.reshape(-1, *self.tubelet, len(self.mean))
-        if pixels.dtype == torch.uint8:
-            pixels = (pixels.float() / 255 - self.mean) / self.std
-        return self.convolution(pixels.permute(0, 4, 1, 2, 3).to(self.convolution.weight.dtype))
+        pixels = self._normalised(tubelets).reshape(-1, *self.tubelet, len(self.mean))
+        return self.convolution(pixels.permute(0, 4, 1, 2, 3))
 
 
 def _activated_convolution(inputs: int, outputs: int, kernel: tuple[int, int, int] = (1, 1, 1)) -> list[nn.Module]:

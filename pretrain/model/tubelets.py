@@ -29,9 +29,20 @@ class Grid(NamedTuple):
         return self.slots * self.positions
 
 
-def grid_of(frames: int, size: int, tubelet: tuple[int, int, int]) -> Grid:
-    """Returns the token grid of a clip of `frames` frames and `size` pixels on each side."""
-    return Grid(frames // tubelet[0], size // tubelet[1], size // tubelet[2])
+Size = int | tuple[int, int]
+"""Height and width in pixels; one number is both."""
+
+
+def grid_of(frames: int, size: Size, tubelet: tuple[int, int, int]) -> Grid:
+    """Returns the token grid of a clip of `frames` frames of `size`."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return Grid(frames // tubelet[0], height // tubelet[1], width // tubelet[2])
+
+
+def coordinates_of(numbers: Tensor, grid: Grid) -> Tensor:
+    """Returns slot, row and column `(..., 3)` of token numbers `(...)`."""
+    place = numbers % grid.positions
+    return torch.stack([numbers // grid.positions, place // grid.columns, place % grid.columns], -1)
 
 
 def cut_tubelets(clips: Tensor, tubelet: tuple[int, int, int]) -> Tensor:
@@ -63,20 +74,26 @@ class TubeletEmbedding(nn.Module):
         width: Width of a token, D.
         mean: Mean of each colour channel, for values in [0, 1].
         std: Standard deviation of each colour channel.
+        features: Number of values that a stem computes of a tubelet for the projection; None projects its pixels.
     """
 
     mean: Tensor
     std: Tensor
 
     def __init__(
-        self, tubelet: tuple[int, int, int], width: int, mean: tuple[float, ...], std: tuple[float, ...]
+        self,
+        tubelet: tuple[int, int, int],
+        width: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        features: int | None = None,
     ) -> None:
         """Creates the projection, Xavier-initialised as in MAE."""
         super().__init__()
         self.tubelet = tubelet
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
-        self.projection = nn.Linear(math.prod(tubelet) * len(mean), width)
+        self.projection = nn.Linear(features or math.prod(tubelet) * len(mean), width)
         nn.init.xavier_uniform_(self.projection.weight)
         nn.init.zeros_(self.projection.bias)
 
@@ -91,12 +108,14 @@ class TubeletEmbedding(nn.Module):
             `(B, Nv, D)` or `(B, N, D)`.
         """
         tubelets = cut_tubelets(clips, self.tubelet)
-        if visible is not None:
-            tubelets = take_tokens(tubelets, visible)
-        if tubelets.dtype == torch.uint8:
-            tubelets = self._normalised(tubelets)
-        return self.projection(tubelets.to(self.projection.weight.dtype))
+        return self.embed(tubelets if visible is None else take_tokens(tubelets, visible))
+
+    def embed(self, tubelets: Tensor) -> Tensor:
+        """Embeds tubelets `(..., P)`, uint8 or normalised floats, as `(..., D)`."""
+        return self.projection(self._normalised(tubelets))
 
     def _normalised(self, tubelets: Tensor) -> Tensor:
-        colours = tubelets.unflatten(-1, (-1, len(self.mean))).float()
-        return ((colours / 255 - self.mean) / self.std).flatten(-2)
+        if tubelets.dtype == torch.uint8:
+            colours = tubelets.unflatten(-1, (-1, len(self.mean))).float()
+            tubelets = ((colours / 255 - self.mean) / self.std).flatten(-2)
+        return tubelets.to(self.projection.weight.dtype)

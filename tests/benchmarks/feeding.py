@@ -16,7 +16,8 @@ from torch import Tensor
 from pretrain.data.loader import Batch
 from pretrain.data.randomness import key_for
 from pretrain.engine.feeding import on_device
-from pretrain.model.encoder import EncoderConfig, build_encoder
+from pretrain.model.encoder import EncoderConfig
+from pretrain.model.encoders import build_encoder
 from pretrain.model.mae import DecoderConfig, MaskedAutoencoder
 from pretrain.model.masking import MaskConfig, draw_mask
 

@@ -12,7 +12,8 @@ import torch
 from transformers import VideoMAEConfig, VideoMAEForPreTraining
 
 from pretrain.data.randomness import key_for
-from pretrain.model.encoder import EncoderConfig, build_encoder
+from pretrain.model.encoder import EncoderConfig
+from pretrain.model.encoders import build_encoder
 from pretrain.model.mae import DecoderConfig, MaskedAutoencoder
 from pretrain.model.masking import MaskConfig, draw_mask
 

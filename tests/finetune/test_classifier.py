@@ -13,6 +13,7 @@ from pretrain.data.clips import ClipConfig
 from pretrain.engine.optimizer import OptimizerConfig, build_optimizer
 from pretrain.errors import Refused
 from pretrain.model.encoder import EncoderConfig
+from pretrain.model.encoders import ENCODERS
 from pretrain.weights import encoder_from, load_encoder_weights
 from tests.runs import run
 
@@ -26,7 +27,7 @@ def classifier(name: str, pool: str, classes: int = 3, **head) -> Classifier:
     return Classifier(encoder, HeadConfig(pool=pool, **head), classes).eval()
 
 
-@pytest.mark.parametrize("name", ["joint", "factorised_encoder"])
+@pytest.mark.parametrize("name", list(ENCODERS))
 @pytest.mark.parametrize("pool", ["class_token", "mean", "attention"])
 def test_every_encoder_with_every_pooling_gives_logits_that_depend_on_the_clip(name, pool):
     model = classifier(name, pool, hidden=(8,), init_scale=1.0)

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from pretrain.errors import Refused
-from pretrain.model.encoder import ENCODERS, VARIANTS, Encoder, EncoderConfig, build_encoder
+from pretrain.model.encoder import VARIANTS, Encoder, EncoderConfig
+from pretrain.model.encoders import ENCODERS, build_encoder
 from pretrain.model.masking import MaskConfig, draw_mask
-from pretrain.model.positions import sincos_table
+from pretrain.model.positions import POSITIONS, sincos_table
 
 TINY = EncoderConfig(width=48, depth=2, heads=2, temporal_depth=2, tubelet=(2, 8, 8))
 FRAMES, SIZE, TOKENS = 6, 32, 48
@@ -38,7 +39,7 @@ def tube(count: int = 2, ratio: float = 0.75) -> Tensor:
 
 
 @NAMES
-@pytest.mark.parametrize("positions", ["sincos", "sincos_separable", "learned"])
+@pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("class_token", [False, True])
 def test_listing_every_token_is_the_same_as_listing_none(name, positions, class_token):
     encoder, clips = encoder_of(name, class_token, positions=positions), clips_of()
@@ -88,10 +89,14 @@ def visible_in_two_slots() -> Tensor:
     return torch.tensor([[0, 5, 9, 32, 40, 47], [16, 17, 30, 33, 34, 35]])
 
 
-@pytest.mark.parametrize("visible", [None, tube(), visible_in_two_slots()], ids=["all", "tube", "two-slots"])
-def test_the_factorised_encoder_is_each_slot_alone_and_then_their_means(visible):
+@pytest.mark.parametrize(
+    ("visible", "visible_slots"),
+    [(None, None), (tube(), None), (visible_in_two_slots(), 2)],
+    ids=["all", "tube", "two-slots"],
+)
+def test_the_factorised_encoder_is_each_slot_alone_and_then_their_means(visible, visible_slots):
     encoder, clips = encoder_of("factorised_encoder", class_token=True), clips_of()
-    encoded = encoder(clips, visible)
+    encoded = encoder(clips, visible, visible_slots)
     numbers = torch.arange(TOKENS).expand(2, -1) if visible is None else visible
     embedded = encoder.embedding(clips) + sincos_table(TOKENS, 48)
     for b in range(2):
@@ -116,16 +121,17 @@ def test_the_factorised_encoder_is_each_slot_alone_and_then_their_means(visible)
 @NAMES
 def test_the_mean_is_over_what_the_last_transformer_returns(name):
     encoded = encoder_of(name)(clips_of())
-    last = encoded.tokens if name == "joint" else encoded.temporal
+    last = encoded.temporal if name == "factorised_encoder" else encoded.tokens
     assert torch.equal(encoded.mean(), last.mean(1))
     assert encoded.mean().shape == (2, 48)
 
 
 @NAMES
-def test_a_class_token_is_there_only_when_asked_for(name):
+def test_a_class_token_is_there_only_when_asked_for_or_when_the_design_has_it(name):
     plain, classed = encoder_of(name), encoder_of(name, class_token=True)
-    assert plain(clips_of()).class_token is None
-    assert classed.state_dict().keys() - plain.state_dict().keys() == {"class_token"}
+    always = name == "cross_frame"
+    assert (plain(clips_of()).class_token is not None) == always
+    assert classed.state_dict().keys() - plain.state_dict().keys() == (set() if always else {"class_token"})
     encoded = classed(clips_of())
     assert encoded.class_token.shape == (2, 48)
     assert encoded.tokens.shape == (2, TOKENS, 48)
@@ -144,7 +150,7 @@ def test_variants_have_their_published_size(variant, millions):
 
 
 @NAMES
-@pytest.mark.parametrize("positions", ["sincos", "sincos_separable", "learned"])
+@pytest.mark.parametrize("positions", POSITIONS)
 def test_every_parameter_has_its_layer_and_every_layer_its_parameters(name, positions):
     encoder = encoder_of(name, class_token=True, positions=positions)
     layers = {parameter: encoder.layer_of(parameter) for parameter, _ in encoder.named_parameters()}
@@ -157,10 +163,12 @@ def test_every_parameter_has_its_layer_and_every_layer_its_parameters(name, posi
             assert layer == int(rest.split(".")[0]) + 1, parameter
         elif stack == "temporal_blocks":
             assert layer == 2 + int(rest.split(".")[0]) + 1, parameter
-        elif stack == ("norm" if name == "joint" else "temporal_norm"):
+        elif stack == ("temporal_norm" if name == "factorised_encoder" else "norm"):
             assert layer == encoder.layers + 1, parameter
         elif stack in ("norm", "temporal_positions"):
             assert layer == 2, "the last spatial block's"
+        elif name == "cross_frame":
+            assert (stack, layer) == ("class_token", 0), "pretrained like the embedding"
         else:
             assert (stack, layer) == ("class_token", encoder.layers + 1), "as new as the head"
 
@@ -176,7 +184,8 @@ def test_drop_path_rises_over_both_transformers_and_acts_only_in_training():
 
 
 def test_a_width_depth_or_heads_given_replaces_the_variants():
-    assert EncoderConfig(variant="S").resolved() == EncoderConfig(variant="S", width=384, depth=12, heads=6)
+    resolved = EncoderConfig(variant="S", width=384, depth=12, heads=6, mlp_ratio=4.0)
+    assert EncoderConfig(variant="S").resolved() == resolved
     full = EncoderConfig(variant="S", width=96, heads=3).resolved()
     assert (full.width, full.depth, full.heads) == (96, 12, 3)
     assert EncoderConfig(depth=0).resolved().depth == 0, "a value that cannot be is refused, never replaced"
@@ -192,6 +201,10 @@ def test_a_width_depth_or_heads_given_replaces_the_variants():
         ({"heads": 5}, 16, 224, r"encoder\.heads: 5 heads do not divide encoder\.width 768"),
         ({"width": 15, "heads": 3}, 16, 224, r"encoder\.width: 15 must be even"),
         ({"drop_path": 1.0}, 16, 224, r"encoder\.drop_path: 1\.0"),
+        ({"variant": "Ti", "name": "factorised_dot_product"}, 16, 224, r"encoder\.heads: 3 is odd, but encoder\.name"),
+        ({"layer_scale": 0.0}, 16, 224, r"encoder\.layer_scale: 0\.0"),
+        ({"norm_eps": 0.0}, 16, 224, r"encoder\.norm_eps: 0\.0"),
+        ({"width": 16, "heads": 4, "positions": "rotary"}, 16, 224, r"encoder\.positions: rotary .* heads of 4"),
     ],
 )
 def test_sizes_that_do_not_divide_are_refused_by_their_field(fields, frames, size, message):
@@ -222,10 +235,10 @@ def test_a_temperature_that_cannot_be_or_has_no_effect_is_refused(fields):
 @NAMES
 def test_without_its_last_norm_an_encoder_returns_what_the_last_block_returns(name):
     encoder, clips = encoder_of(name), clips_of()
-    norm = encoder.norm if name == "joint" else encoder.temporal_norm
+    norm = encoder.temporal_norm if name == "factorised_encoder" else encoder.norm
     normed = encoder(clips).mean()
     encoder.leave_out_last_norm()
     last = encoder(clips)
-    tokens = last.tokens if name == "joint" else last.temporal
+    tokens = last.temporal if name == "factorised_encoder" else last.tokens
     torch.testing.assert_close(norm(tokens).mean(1), normed)
     assert not torch.allclose(last.mean(), normed, atol=0.1)

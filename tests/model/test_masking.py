@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.errors import Refused
-from pretrain.model.encoder import ENCODERS
+from pretrain.model.encoders import ENCODERS
 from pretrain.model.masking import FITS, MaskConfig, draw_mask, mask_counts
 from pretrain.model.tubelets import Grid
 

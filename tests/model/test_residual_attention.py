@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.engine.optimizer import OptimizerConfig, build_optimizer
 from pretrain.errors import Refused
-from pretrain.model.encoder import ENCODERS, Encoder, EncoderConfig, build_encoder
+from pretrain.model.encoder import Encoder, EncoderConfig
+from pretrain.model.encoders import ENCODERS, build_encoder
 from pretrain.model.mae import DecoderConfig, MaskedAutoencoder
 from pretrain.model.masking import MaskConfig, draw_mask
 from pretrain.model.residual_attention import (
@@ -242,6 +244,19 @@ def test_the_stem_is_the_layer_below_the_blocks_and_its_vectors_do_not_decay():
     kernels = (nn.Conv3d, nn.Linear)
     expected = {f"{key}.weight" for key, part in encoder.embedding.named_modules() if isinstance(part, kernels)}
     assert decaying == expected
+
+
+def test_the_stem_stays_cheap_beside_the_encoder():
+    linear, stem = (
+        build_encoder(EncoderConfig(stem=name, depth=1), 2, 32) for name in ("linear", "residual_attention")
+    )
+    clips, counted = torch.zeros(1, 2, 32, 32, 3), []
+    for part in (linear.embedding, stem.embedding, linear.blocks):
+        with FlopCounterMode(display=False) as counter:
+            part(torch.zeros(1, 4, 768) if part is linear.blocks else clips)
+        counted.append(counter.get_total_flops())
+    assert counted[1] < 4 * counted[0]
+    assert counted[1] / (12 * counted[2]) == pytest.approx(1 / 20, rel=0.05), "ViT-B has twelve blocks"
 
 
 def test_a_tubelet_too_small_for_the_mask_branch_is_refused_with_both_fields():

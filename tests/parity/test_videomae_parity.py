@@ -7,7 +7,8 @@ from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVide
 
 from finetune.classifier import Classifier
 from finetune.config import HeadConfig
-from pretrain.model.encoder import EncoderConfig, build_encoder
+from pretrain.model.encoder import EncoderConfig
+from pretrain.model.encoders import build_encoder
 from pretrain.model.mae import DecoderConfig, MaskedAutoencoder
 from pretrain.model.masking import MaskConfig, draw_mask
 from pretrain.model.tubelets import grid_of
@@ -167,7 +168,7 @@ def test_loss_predictions_and_gradients_are_videomaes(ours, theirs, clips, mask)
 def test_plain_pixel_targets_give_videomaes_loss_without_normalisation(ours, theirs, clips):
     visible, masked, hidden = masks("tube")
     theirs.config.norm_pix_loss = False
-    plain = MaskedAutoencoder(ours.encoder, DecoderConfig(32, 2, 2, 2.0, normalise_targets=False)).eval()
+    plain = MaskedAutoencoder(ours.encoder, DecoderConfig(32, 2, 2, 2.0, targets="pixels")).eval()
     plain.load_state_dict(ours.state_dict())
     try:
         expected = theirs(pixel_values(clips), bool_masked_pos=hidden).loss
