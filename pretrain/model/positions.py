@@ -115,7 +115,8 @@ class PositionEmbedding(nn.Module):
         """Returns tokens `(B, K, D)` with positions added: of `numbers` `(B, K)`, or of 0 .. K - 1."""
         if self.kind == "rotary":
             return tokens
-        return tokens + (self.whole() if numbers is None else self.of(numbers))
+        embedded = self.whole() if numbers is None else self.of(numbers)
+        return tokens + embedded.to(tokens.dtype)  # DeepSpeed halves weights and leaves fixed tables as they are
 
     def whole(self) -> Tensor:
         """Returns the embeddings `(1, N, D)` of all tokens of a clip."""
