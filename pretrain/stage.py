@@ -20,7 +20,7 @@ from pretrain.data.randomness import seed_of_set
 from pretrain.data.shard_cache import CacheConfig
 from pretrain.data.shards import ShardSet
 from pretrain.data.training_clips import TrainingClips
-from pretrain.engine.compiler import refuse_without_compiler
+from pretrain.engine.compiler import refuse_divided_weights, refuse_without_compiler
 from pretrain.engine.distributed import Processes, launched_world
 from pretrain.engine.optimizer import build_optimizer, build_schedule
 from pretrain.engine.progress import set_up_logging
@@ -124,13 +124,15 @@ def start_processes(config: RunConfig) -> Processes:
     """Joins the other processes of the run.
 
     Raises:
-        Refused: The batch does not divide among them, or the model shall be compiled where nothing compiles.
+        Refused: The batch does not divide among them, or the model shall be compiled where it cannot be.
     """
-    if config.compile:
-        refuse_without_compiler()
     with met_by_every_rank():
         accumulation = config.accumulation(launched_world())
         deepspeed = find_recipe(config.deepspeed, "deepspeed", ".json") if config.deepspeed else None
+        if config.compile and deepspeed:
+            refuse_divided_weights(deepspeed)
+    if config.compile:
+        refuse_without_compiler()
     processes = Processes(
         config.precision, accumulation, config.data.micro_batch, config.optimizer.clip_grad, deepspeed
     )

@@ -184,5 +184,5 @@ def test_the_command_of_a_published_recipe_starts_the_published_processes(stage,
 
 
 def test_every_published_recipe_is_compared_with_its_publication():
-    assert set(PRETRAIN) - {"demo"} == set(PUBLISHED_PRETRAINING)
+    assert set(PRETRAIN) - {"demo", "videomae_b_cross"} == set(PUBLISHED_PRETRAINING)
     assert {name for name in FINETUNE if not name.startswith("demo")} == set(PUBLISHED_FINETUNING)

@@ -1,5 +1,6 @@
-"""What torch.compile needs of a machine, asked before a run starts instead of found out at its first step."""
+"""What torch.compile needs of a machine and of a run, asked before it starts and not found out at its first step."""
 
+import json
 import os
 import shutil
 import sysconfig
@@ -9,6 +10,16 @@ import torch
 from torch.utils._triton import has_triton
 
 from pretrain.errors import Refused
+
+
+def refuse_divided_weights(deepspeed: Path) -> None:
+    """Raises `Refused` if a DeepSpeed file asks for ZeRO 3, under which torch.compile finds weights of no length."""
+    try:
+        stage = json.loads(deepspeed.read_text())["zero_optimization"]["stage"]
+    except (ValueError, KeyError, TypeError):
+        return  # what is wrong with it, or left out of it, is another's to tell
+    if stage == 3:
+        raise Refused(f"compile: does not go with ZeRO 3 of deepspeed {deepspeed}; use zero2, or leave compile out")
 
 
 def refuse_without_compiler() -> None:

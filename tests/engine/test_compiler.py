@@ -15,8 +15,6 @@ from pretrain.engine.tracking import read_metrics
 from tests.model.test_efficiency import inputs_of, model_of
 from tests.runs import tiny_pretraining
 
-ENGINES = pytest.mark.parametrize("deepspeed", [None, "zero1", "zero3"])
-
 
 @pytest.fixture(scope="module")
 def recipe(packed_shards, tmp_path_factory) -> Path:
@@ -35,7 +33,14 @@ def test_compiling_without_a_compiler_is_refused_before_anything_starts(recipe, 
     assert not (tmp_path / "run").exists()
 
 
-@ENGINES
+def test_compiling_under_zero_3_is_refused_before_anything_starts(recipe, tmp_path, capsys):
+    command = ["pretrain", "--config", str(recipe), "--out", str(tmp_path / "run"), "--steps", "4", "--compile", "true"]
+    assert main([*command, "--deepspeed", "zero3"]) == 2
+    assert "compile: does not go with ZeRO 3 of deepspeed" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("deepspeed", [None, "zero1"])
 def test_a_compiled_model_trains_and_is_exported_under_its_own_names(deepspeed, tmp_path):
     torch._dynamo.reset()
     model = model_of("joint")
@@ -55,7 +60,7 @@ def test_a_compiled_model_trains_and_is_exported_under_its_own_names(deepspeed, 
     assert not torch.equal(weights["encoder.norm.bias"].float(), before)
 
 
-@ENGINES
+@pytest.mark.parametrize("deepspeed", [None, "zero3"])
 def test_a_run_that_recomputes_activations_trains_as_one_that_keeps_them_and_is_resumed_as_such(
     recipe, tmp_path, deepspeed
 ):
