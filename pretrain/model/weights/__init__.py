@@ -1,0 +1,13 @@
+"""Weights of other implementations by our names, and ours by theirs: pure functions on state dicts.
+
+    source        a state dict that is read strictly: no key unused, none missing
+    parts         what the layouts share: blocks, attention, embeddings, sizes
+    layouts       which layout a state dict has, and its conversion, checked against our encoder
+    videomae      Hugging Face VideoMAE, in and out, and the authors' own layout (MCG-NJU)
+    vivit         Hugging Face ViViT
+    image         timm's ViT and MAE (facebookresearch/mae) for images
+    xclip         the vision part of Hugging Face X-CLIP
+    inflation     from images to clips; other frame counts and sizes
+
+Every conversion is made of differentiable operations, so that gradients go through it in the tests.
+"""
