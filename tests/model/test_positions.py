@@ -6,11 +6,20 @@ import pytest
 import torch
 from transformers.models.videomae.modeling_videomae import get_sinusoid_encoding_table
 
-from pretrain.model.positions import PositionEmbedding, position_table, sincos_table
-from pretrain.model.tubelets import Grid
+from pretrain.model.positions import (
+    POSITIONS,
+    WITH_COORDINATES,
+    PositionEmbedding,
+    RotaryEmbedding,
+    position_table,
+    resampled,
+    sincos_table,
+)
+from pretrain.model.tubelets import Grid, coordinates_of
 
 FIXED = ["sincos", "sincos_3d"]
-KINDS = pytest.mark.parametrize("kind", [*FIXED, "learned"])
+ADDED = [kind for kind in POSITIONS if kind != "rotary"]
+KINDS = pytest.mark.parametrize("kind", ADDED)
 GRID = Grid(3, 2, 1)
 
 
@@ -33,10 +42,10 @@ def test_a_token_gets_the_position_of_its_number(kind):
     torch.manual_seed(0)
     positions, tokens = PositionEmbedding(kind, GRID, 8), torch.randn(2, 6, 8)
     full = positions(tokens)
-    torch.testing.assert_close(full - tokens, positions.table.expand(2, -1, -1))
+    torch.testing.assert_close(full - tokens, positions.whole().expand(2, -1, -1))
     numbers = torch.tensor([[0, 2, 5], [1, 3, 4]])
     some = positions(tokens[:, :3], numbers)
-    expected = torch.stack([tokens[b, :3] + positions.table[0, numbers[b]] for b in range(2)])
+    expected = torch.stack([tokens[b, :3] + positions.whole()[0, numbers[b]] for b in range(2)])
     torch.testing.assert_close(some, expected)
     torch.testing.assert_close(positions.of(numbers), expected - tokens[:, :3])
 
@@ -79,9 +88,64 @@ def test_no_two_tokens_of_a_clip_share_a_fixed_position(kind):
     assert torch.pdist(table).min() > 0.1
 
 
-def test_only_learned_positions_are_weights():
-    assert set(PositionEmbedding("learned", GRID, 8).state_dict()) == {"table"}
-    for kind in FIXED:
+@pytest.mark.parametrize(
+    ("kind", "lengths"),
+    [
+        ("learned", {"table": 6}),
+        ("separable", {"slots": 3, "places": 2}),
+        ("factorised", {"slots": 3, "rows": 2, "columns": 1}),
+        ("spatial", {"places": 2}),
+    ],
+)
+def test_learned_positions_are_weights_one_table_for_each_factor(kind, lengths):
+    positions = PositionEmbedding(kind, GRID, 8)
+    assert {name: table.shape[1] for name, table in positions.state_dict().items()} == lengths
+    whole = positions.whole().reshape(*GRID, 8)
+    for slot, row, column in ((0, 0, 0), (2, 1, 0)):
+        place = {"table": slot * 2 + row, "slots": slot, "rows": row, "columns": column, "places": row}
+        expected = sum(table[0, place[name]] for name, table in positions.state_dict().items())
+        torch.testing.assert_close(whole[slot, row, column].detach(), expected)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in WITH_COORDINATES if kind != "rotary"])
+def test_coordinates_give_what_token_numbers_give(kind):
+    grid, numbers = Grid(3, 4, 5), torch.tensor([[0, 7, 59], [21, 20, 42]])
+    positions = PositionEmbedding(kind, grid, 24)
+    torch.testing.assert_close(positions.at(coordinates_of(numbers, grid)), positions.of(numbers))
+
+
+def test_rotary_positions_turn_pairs_by_slot_row_and_column_and_leave_the_rest():
+    turns = RotaryEmbedding(14, temperature=100.0)(torch.tensor([[[2, 3, 5]]]), before=1, after=1)
+    assert turns.cosine.shape == (1, 1, 3, 14)
+    angles = torch.tensor([2, 0.2, 3, 0.3, 5, 0.5, 0])  # two pairs an axis, one pair is left
+    torch.testing.assert_close(turns.cosine[0, 0, 1], angles.cos().repeat(2))
+    torch.testing.assert_close(turns.sine[0, 0, 1], angles.sin().repeat(2))
+    heads = torch.randn(1, 1, 3, 14)
+    assert torch.equal(turns.turn(heads)[0, 0, [0, 2]], heads[0, 0, [0, 2]]), "tokens without a place do not turn"
+    assert torch.allclose(turns.turn(heads).norm(dim=-1), heads.norm(dim=-1))
+
+
+def test_resampled_tables_keep_what_is_even_and_follow_what_is_linear_in_time():
+    old, new = Grid(4, 4, 4), Grid(8, 6, 3)
+    even = {name: torch.full((1, length, 2), 3.0) for name, length in (("table", 64), ("places", 16), ("slots", 4))}
+    for name, length in (("table", 144), ("places", 18), ("slots", 8)):
+        table = resampled(even, old, new)[name]
+        torch.testing.assert_close(table, torch.full((1, length, 2), 3.0))
+    rising = {"slots": torch.arange(4.0).reshape(1, 4, 1)}
+    longer = resampled(rising, old, new)["slots"].flatten()
+    torch.testing.assert_close(longer[1:-1], torch.linspace(0.25, 2.75, 6))
+    table = torch.randn(1, 64, 2)
+    assert resampled({"table": table}, old, old)["table"] is table
+
+
+def test_resampling_space_alone_treats_each_slot_as_an_image():
+    table, old, new = torch.randn(1, 32, 3), Grid(2, 4, 4), Grid(2, 2, 6)
+    slots = [resampled({"places": part}, Grid(1, 4, 4), Grid(1, 2, 6))["places"] for part in table.chunk(2, 1)]
+    torch.testing.assert_close(resampled({"table": table}, old, new)["table"], torch.cat(slots, 1))
+
+
+def test_fixed_positions_are_no_weights():
+    for kind in [*FIXED, "rotary"]:
         fixed = PositionEmbedding(kind, GRID, 8)
         assert not fixed.state_dict()
         assert not list(fixed.parameters())
