@@ -6,7 +6,7 @@ frame; `inflation.py` makes longer clips of it.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -75,8 +75,8 @@ def from_image(source: Source) -> ConvertedModel:
         ),
         1,
         size,
-        **colours(source, published.get("mean", IMAGENET_MEAN), published.get("std", IMAGENET_STD)),
-        weights=weights,
+        *colours(source, published.get("mean", IMAGENET_MEAN), published.get("std", IMAGENET_STD)),
+        weights,
         head=head,
         left_out=tuple(source.left_out),
     )
@@ -118,7 +118,9 @@ def _image_grid(source: Source, patch: tuple[int, int], *places: int) -> tuple[i
     for count in places:
         if count > 0 and math.isqrt(count) ** 2 == count:
             return math.isqrt(count), math.isqrt(count)
-    raise Refused(f"{source.name}: pos_embed has {places[-1]} positions, which form no square; give its config.json too")
+    raise Refused(
+        f"{source.name}: pos_embed has {places[-1]} positions, which form no square; give its config.json too"
+    )
 
 
 def _take_last_norm(source: Source, weights: Weights) -> Head | None:
@@ -146,7 +148,8 @@ def _untold(source: Source) -> Untold:
         with torch.device("meta"):
             model = timm.create_model(source.config["architecture"], **arguments)
         block = model.get_submodule("blocks.0")
-        heads, eps = block.get_submodule("attn").num_heads, block.get_submodule("norm1").eps
+        heads = cast(Any, block.get_submodule("attn")).num_heads
+        eps = cast(Any, block.get_submodule("norm1")).eps
     except (RuntimeError, AttributeError, TypeError) as error:
         raise Refused(f"{source.name}: timm cannot build {source.config['architecture']} ({error})") from None
     activation = block.get_submodule("mlp.act")

@@ -15,7 +15,9 @@ from pretrain.model.weights.source import Weights
 InflationName = Literal["central", "average"]
 
 
-def inflated(model: ConvertedModel, frames: int, tubelet: tuple[int, int, int], inflation: InflationName) -> ConvertedModel:
+def inflated(
+    model: ConvertedModel, frames: int, tubelet: tuple[int, int, int], inflation: InflationName
+) -> ConvertedModel:
     """Returns an image model as a model of clips: its positions are repeated in every slot.
 
     Args:
@@ -31,7 +33,9 @@ def inflated(model: ConvertedModel, frames: int, tubelet: tuple[int, int, int], 
     t, h, w = tubelet
     _, patch_h, patch_w = model.encoder.tubelet
     if (h, w) != (patch_h, patch_w):
-        raise Refused(f"tubelet: is {t} x {h} x {w}, but the image model has patches of {patch_h} x {patch_w}; use those")
+        raise Refused(
+            f"tubelet: is {t} x {h} x {w}, but the image model has patches of {patch_h} x {patch_w}; use those"
+        )
     if frames < 1 or t < 1 or frames % t:
         raise Refused(f"frames: {frames} frames do not divide into tubelets of {t}; change one of frames and tubelet")
     weights = dict(model.weights)
@@ -81,4 +85,3 @@ def with_positions_for(weights: Weights, old: Grid, new: Grid) -> Weights:
         tables = {name.removeprefix(prefix): table for name, table in weights.items() if name.startswith(prefix)}
         result |= {prefix + name: table for name, table in resampled(tables, *grids).items()}
     return result
-

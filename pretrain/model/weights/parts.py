@@ -144,7 +144,7 @@ def pair(value: Any) -> tuple[int, int]:
 
 def colours(
     source: Source, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD
-) -> dict[str, tuple[float, ...]]:
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Returns the mean and the standard deviation by which values in [0, 1] are normalised.
 
     Args:
@@ -155,16 +155,16 @@ def colours(
     """
     processor = source.processor
     if "image_mean" not in processor:
-        return {"mean": tuple(mean), "std": tuple(std)}
+        return tuple(mean), tuple(std)
     factor = 255 * processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 255
     offset = 1 if processor.get("offset") else 0
     normalises = processor.get("do_normalize", True)
     means = processor["image_mean"] if normalises else [0.0] * 3
     deviations = processor["image_std"] if normalises else [1.0] * 3
-    return {
-        "mean": tuple(round((offset + one) / factor, 9) for one in means),
-        "std": tuple(round(one / factor, 9) for one in deviations),
-    }
+    return (
+        tuple(round((offset + one) / factor, 9) for one in means),
+        tuple(round(one / factor, 9) for one in deviations),
+    )
 
 
 def modules(source: Source, names: Mapping[str, str], ours: str = "") -> Weights:
@@ -188,6 +188,12 @@ def embedding(source: Source, name: str) -> Weights:
         kernel = kernel.unsqueeze(2)
     bias = source.take(f"{name}.bias") if f"{name}.bias" in source else kernel.new_zeros(len(kernel))
     return {"embedding.projection.weight": flat_kernel(kernel), "embedding.projection.bias": bias}
+
+
+def tubelet_of(kernel: Tensor) -> tuple[int, int, int]:
+    """Returns frames, height and width of tubelets embedded by a kernel `(D, C, t, h, w)` or `(D, C, h, w)`."""
+    *frames, height, width = kernel.shape[2:]
+    return (frames[0] if frames else 1, height, width)
 
 
 def flat_kernel(kernel: Tensor) -> Tensor:
@@ -216,7 +222,9 @@ def fused_attention(source: Source, name: str, ours: str = "attention.") -> Weig
     """Takes an attention layer of timm or MCG-NJU with one projection; biases that it does not have are 0."""
     qkv = source.take(f"{name}.qkv.weight")
     if f"{name}.qkv.bias" in source:
-        biases = dict(zip(("query_bias", "key_bias", "value_bias"), source.take(f"{name}.qkv.bias").chunk(3), strict=True))
+        biases = dict(
+            zip(("query_bias", "key_bias", "value_bias"), source.take(f"{name}.qkv.bias").chunk(3), strict=True)
+        )
     elif f"{name}.q_bias" in source:
         biases = {"query_bias": source.take(f"{name}.q_bias"), "value_bias": source.take(f"{name}.v_bias")}
     else:

@@ -34,6 +34,7 @@ from pretrain.model.weights.parts import (
     pair,
     separate_attention,
     sizes,
+    tubelet_of,
 )
 from pretrain.model.weights.source import Source, Weights
 
@@ -61,7 +62,7 @@ def from_videomae(source: Source) -> ConvertedModel:
     base = source.under("videomae." if "videomae.embeddings.patch_embeddings.projection.weight" in source else "")
     weights = embedding(base, "embeddings.patch_embeddings.projection")
     depth = base.count("encoder.layer")
-    kernel = base.take("embeddings.patch_embeddings.projection.weight").shape
+    kernel = base.take("embeddings.patch_embeddings.projection.weight")
     weights |= _stack(base, "encoder.layer", depth, "blocks", _block)
     hidden = len(weights["blocks.0.mlp.fc1.bias"])
     shared = {
@@ -69,7 +70,7 @@ def from_videomae(source: Source) -> ConvertedModel:
         "norm_eps": source.config.get("layer_norm_eps", 1e-12),
     }
     config = EncoderConfig(
-        **sizes(kernel[0], depth, heads_of(source, kernel[0], depth), hidden), tubelet=tuple(kernel[2:]), **shared
+        **sizes(len(kernel), depth, heads_of(source, len(kernel), depth), hidden), tubelet=tubelet_of(kernel), **shared
     )
     head = _head(source) if "classifier.weight" in source else None
     if "layernorm.weight" in base:
@@ -81,8 +82,8 @@ def from_videomae(source: Source) -> ConvertedModel:
         config,
         source.setting("num_frames"),
         pair(source.setting("image_size")),
-        **colours(source),
-        weights=weights,
+        *colours(source),
+        weights,
         head=head,
         decoder=_decoder(source) if "encoder_to_decoder.weight" in source else None,
     )
@@ -117,7 +118,9 @@ def _with_entrance(
         "decoder_embedding.bias": entrance.new_zeros(width),
         "mask_token": source.take("mask_token"),
     }
-    return Decoder(DecoderConfig(width=width, depth=depth, heads=heads, mlp_ratio=hidden / width, targets=targets), weights)
+    return Decoder(
+        DecoderConfig(width=width, depth=depth, heads=heads, mlp_ratio=hidden / width, targets=targets), weights
+    )
 
 
 def _stack(source: Source, theirs: str, depth: int, ours: str, block: Callable[[Source], Weights]) -> Weights:
@@ -147,13 +150,13 @@ def from_authors(source: Source) -> ConvertedModel:
     pretrained = "encoder.patch_embed.proj.weight" in source
     base = source.under("encoder." if pretrained else "")
     weights = embedding(base, "patch_embed.proj")
-    kernel = base.take("patch_embed.proj.weight").shape
+    kernel = base.take("patch_embed.proj.weight")
     depth = base.count("blocks")
     weights |= _stack(base, "blocks", depth, "blocks", _authors_block)
     hidden = len(weights["blocks.0.mlp.fc1.bias"])
     config = EncoderConfig(
-        **sizes(kernel[0], depth, heads_of(source, kernel[0], depth), hidden),
-        tubelet=tuple(kernel[2:]),
+        **sizes(len(kernel), depth, heads_of(source, len(kernel), depth), hidden),
+        tubelet=tubelet_of(kernel),
         layer_scale=1e-5 if "blocks.0.gamma_1" in base else None,
     )
     head = None
@@ -167,8 +170,8 @@ def from_authors(source: Source) -> ConvertedModel:
         config,
         PUBLISHED_FRAMES,
         (PUBLISHED_SIZE, PUBLISHED_SIZE),
-        **colours(source),
-        weights=weights,
+        *colours(source),
+        weights,
         head=head,
         decoder=_authors_decoder(source) if pretrained and "encoder_to_decoder.weight" in source else None,
     )
@@ -212,7 +215,9 @@ def to_videomae(model: ConvertedModel) -> tuple[Weights, dict[str, Any]]:
     if model.head is None:
         weights |= _module_out(f"{prefix}layernorm", encoder, "norm")
     else:
-        weights |= _module_out("fc_norm", model.head.weights, "norm") | _module_out("classifier", model.head.weights, "last")
+        weights |= _module_out("fc_norm", model.head.weights, "norm") | _module_out(
+            "classifier", model.head.weights, "last"
+        )
     if model.decoder is not None and model.head is None:
         weights |= _decoder_out(model.decoder)
     return weights, videomae_config(model)

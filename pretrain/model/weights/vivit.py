@@ -15,6 +15,7 @@ from pretrain.model.weights.parts import (
     pair,
     separate_attention,
     sizes,
+    tubelet_of,
 )
 from pretrain.model.weights.source import Source, Weights
 
@@ -53,7 +54,7 @@ def from_vivit(source: Source) -> ConvertedModel:
         "Hugging Face ViViT",
         EncoderConfig(
             **sizes(width, depth, heads_of(source, width, depth), hidden),
-            tubelet=tuple(base.take("embeddings.patch_embeddings.projection.weight").shape[2:]),
+            tubelet=tubelet_of(base.take("embeddings.patch_embeddings.projection.weight")),
             positions="learned",
             activation=activation_of(source.config.get("hidden_act", "gelu_fast"), source),
             biases=biases_of(base, key_bias=f"{stack}.0.{attention.key}.bias"),
@@ -61,8 +62,8 @@ def from_vivit(source: Source) -> ConvertedModel:
         ),
         source.setting("num_frames"),
         pair(source.setting("image_size")),
-        **colours(source, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
-        weights=weights,
+        *colours(source, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+        weights,
         head=head,
         left_out=tuple(source.left_out),
     )

@@ -17,6 +17,7 @@ from pretrain.model.weights.parts import (
     pair,
     separate_attention,
     sizes,
+    tubelet_of,
 )
 from pretrain.model.weights.source import Source, Weights
 
@@ -65,7 +66,7 @@ def from_xclip(source: Source) -> ConvertedModel:
         EncoderConfig(
             name="cross_frame",
             **sizes(width, depth, heads_of(base, width, depth), len(weights["blocks.0.mlp.fc1.bias"])),
-            tubelet=(1, *base.take("embeddings.patch_embedding.weight").shape[2:]),
+            tubelet=tubelet_of(base.take("embeddings.patch_embedding.weight")),
             positions="spatial",
             activation=activation_of(base.config.get("hidden_act", "quick_gelu"), source),
             biases=biases_of(base, key_bias=f"encoder.layers.0.{ATTENTION.key}.bias"),
@@ -74,8 +75,8 @@ def from_xclip(source: Source) -> ConvertedModel:
         ),
         base.setting("num_frames"),
         pair(base.setting("image_size")),
-        **colours(source),
-        weights=weights,
+        *colours(source),
+        weights,
         left_out=tuple(source.left_out),
     )
 
