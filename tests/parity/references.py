@@ -98,21 +98,17 @@ def probe(output: Tensor) -> Tensor:
     return (output * weights).sum() / output.numel() ** 0.5
 
 
-def assert_same_gradients(
-    ours: Tensor, theirs: Tensor, *within: nn.Module | Tensor, unused: tuple[str, ...] = ()
-) -> None:
+def assert_same_gradients(ours: Tensor, theirs: Tensor, *within: nn.Module | Tensor) -> None:
     """Every parameter of the reference, and every input, has the same gradient through either model.
 
     Args:
         ours: A number that our model returned.
         theirs: The same of the reference.
-        within: The reference, or inputs.
-        unused: What the names of parameters that it does not use begin with.
+        within: The reference, and inputs.
     """
     named = {}
     for number, one in enumerate(within):
         named |= dict(one.named_parameters()) if isinstance(one, nn.Module) else {f"input {number}": one}
-    named = {name: value for name, value in named.items() if not name.startswith(unused or "-")}
     expected = torch.autograd.grad(theirs, list(named.values()))
     found = torch.autograd.grad(ours, list(named.values()))
     for name, mine, other in zip(named, found, expected, strict=True):
