@@ -24,7 +24,7 @@ def test_a_hundred_steps_of_adamw_give_transformers_losses():
     ours = MaskedAutoencoder(build_encoder(model.encoder, model.frames, model.size), model.decoder.config)
     ours.load_state_dict({f"encoder.{name}": value for name, value in model.weights.items()} | model.decoder.weights)
     ours.decoder_embedding.bias.requires_grad_(False)  # theirs has none
-    optimizers = [torch.optim.AdamW(one.parameters(), lr=3e-3, weight_decay=0.05) for one in (theirs, ours)]
+    optimizers = [torch.optim.AdamW(one.parameters(), lr=1e-3, weight_decay=0.05) for one in (theirs, ours)]
     losses = []
     clips = smooth_clips()
     for step in range(STEPS):
