@@ -138,7 +138,13 @@ def test_colours_are_those_that_transformers_processor_makes():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("name", "factorised_encoder"), ("positions", "learned"), ("biases", "all"), ("layer_scale", 0.1)],
+    [
+        ("name", "factorised_encoder"),
+        ("positions", "learned"),
+        ("biases", "all"),
+        ("layer_scale", 0.1),
+        ("stem", "residual_attention"),
+    ],
 )
 def test_what_videomae_has_no_place_for_is_refused_by_its_field(field, value):
     config = dataclasses.replace(EncoderConfig(width=48, depth=1, heads=3), **{field: value})

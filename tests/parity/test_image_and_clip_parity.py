@@ -4,12 +4,21 @@ import pytest
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from transformers import CLIPTextConfig, VivitConfig, VivitForVideoClassification, VivitModel, XCLIPVisionConfig
+from transformers import (
+    CLIPTextConfig,
+    VivitConfig,
+    VivitForVideoClassification,
+    VivitModel,
+    XCLIPConfig,
+    XCLIPModel,
+    XCLIPVisionConfig,
+)
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.x_clip.modeling_x_clip import XCLIPVisionEncoderLayer, XCLIPVisionModel
 
 from pretrain.model.attention import causal_mask
 from pretrain.model.blocks import Block, BlockConfig, CrossFrameBlock
+from pretrain.model.weights.layouts import convert
 from pretrain.model.weights.source import Source
 from pretrain.model.weights.xclip import clip_block, xclip_block
 from tests.parity.references import (
@@ -55,6 +64,38 @@ def test_vivit_without_a_head_gives_its_tokens_and_leaves_out_the_pooler():
     expected, encoded = theirs(pixel_values(clips, ours)).last_hidden_state, run_encoder(ours, clips)
     assert_same(encoded.tokens, expected[:, 1:])
     assert_same(encoded.class_token, expected[:, 0])
+
+
+def test_vivits_keys_of_old_releases_and_of_published_files_convert_alike():
+    theirs = perturbed(VivitForVideoClassification(vivit_config()))
+    old = {}
+    for name, value in theirs.state_dict().items():
+        for new_part, old_part in {
+            ".layers.": ".encoder.layer.",
+            "attention.o_proj": "attention.output.dense",
+            "mlp.fc1": "intermediate.dense",
+            "mlp.fc2": "output.dense",
+            "q_proj": "attention.query",
+            "k_proj": "attention.key",
+            "v_proj": "attention.value",
+        }.items():
+            name = name.replace(new_part, old_part)
+        old[name] = value
+    assert "vivit.encoder.layer.1.attention.attention.key.bias" in old
+    found, expected = convert(Source(old, theirs.config.to_dict())), converted(theirs)
+    assert found.encoder == expected.encoder
+    assert found.weights.keys() == expected.weights.keys()
+    assert all(torch.equal(found.weights[name], value) for name, value in expected.weights.items())
+
+
+def test_the_vision_part_of_xclip_is_its_vision_model():
+    text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    vision = xclip_config(mit_hidden_size=32, mit_intermediate_size=64, mit_num_attention_heads=2).to_dict()
+    theirs = perturbed(XCLIPModel(XCLIPConfig(text_config=text, vision_config=vision, projection_dim=32)))
+    found, expected = converted(theirs), converted(theirs.vision_model)
+    assert found.encoder == expected.encoder
+    assert all(torch.equal(found.weights[name], value) for name, value in expected.weights.items())
+    assert {"text_model", "mit", "logit_scale"} <= set(found.left_out)
 
 
 def test_the_cross_frame_block_is_xclips():

@@ -9,7 +9,9 @@ from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVide
 
 from pretrain.model.masking import MaskConfig, draw_mask
 from pretrain.model.tubelets import grid_of
+from pretrain.model.weights.layouts import convert
 from pretrain.model.weights.parts import ConvertedModel
+from pretrain.model.weights.source import Source
 from tests.parity.references import (
     CLASSES,
     FRAMES,
@@ -130,9 +132,6 @@ def test_an_encoder_alone_and_keys_of_old_releases_convert_alike(ours, theirs):
         for name, value in alone.state_dict().items()
     }
     assert renamed.keys() != alone.state_dict().keys()
-    from pretrain.model.weights.layouts import convert
-    from pretrain.model.weights.source import Source
-
     for weights in (alone.state_dict(), renamed):
         again = convert(Source(weights, config.to_dict()))
         assert again.decoder is None

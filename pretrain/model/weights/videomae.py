@@ -5,6 +5,7 @@ Biases of Hugging Face's attention are `query.bias` and `value.bias` in new rele
 authors' layout is that of `modeling_pretrain.py` (`encoder.*`, `decoder.*`) and `modeling_finetune.py`.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -14,7 +15,6 @@ from torch import Tensor
 from pretrain.errors import Refused
 from pretrain.model.encoder import EncoderConfig
 from pretrain.model.mae import DecoderConfig
-from pretrain.model.positions import TEMPERATURE
 from pretrain.model.weights.parts import (
     ACTIVATIONS,
     IMAGENET_MEAN,
@@ -50,6 +50,12 @@ BLOCK = {
     "mlp.fc1": "intermediate.dense",
     "mlp.fc2": "output.dense",
 }
+OF_ANY_VALUE = (
+    *("variant", "width", "depth", "heads", "mlp_ratio", "tubelet"),
+    *("activation", "norm_eps", "drop_path", "temporal_depth"),
+)
+"""Fields of an encoder that Hugging Face's VideoMAE has too, or that joint attention does not read; others are fixed."""
+
 AUTHORS_BLOCK = {"attention_norm": "norm1", "mlp_norm": "norm2", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
 ATTENTION = AttentionNames(
     "attention.attention.query", "attention.attention.key", "attention.attention.value", "attention.output.dense"
@@ -257,19 +263,11 @@ def _decoder_out(decoder: Decoder) -> Weights:
 
 def refuse_unless_videomae(model: ConvertedModel) -> None:
     """Raises `Refused`, naming the field, where Hugging Face's VideoMAE cannot be what the model is."""
-    wanted = {
-        "name": "joint",
-        "positions": "sincos",
-        "position_temperature": TEMPERATURE,
-        "biases": "query_value",
-        "qk_norm": False,
-        "layer_scale": None,
-        "input_norm": False,
-    }
-    for name, value in wanted.items():
-        if getattr(model.encoder, name) != value:
+    for field in dataclasses.fields(EncoderConfig):
+        value = getattr(model.encoder, field.name)
+        if field.name not in OF_ANY_VALUE and value != field.default:
             raise Refused(
-                f"encoder.{name}: is {getattr(model.encoder, name)}, but Hugging Face's VideoMAE has {value}; "
+                f"encoder.{field.name}: is {value}, but Hugging Face's VideoMAE has {field.default}; "
                 f"convert to safetensors instead"
             )
     _, h, w = model.encoder.tubelet
