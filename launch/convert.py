@@ -21,7 +21,7 @@ from pretrain.model.weights.inflation import InflationName, inflated, resized
 from pretrain.model.weights.layouts import convert as convert_weights
 from pretrain.model.weights.parts import ConvertedModel
 from pretrain.model.weights.source import Weights
-from pretrain.model.weights.videomae import to_videomae, videomae_processor
+from pretrain.model.weights.videomae_out import to_videomae, videomae_processor
 from pretrain.weights import describe_encoder, find_encoder, save_model_folder
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from pretrain.model.weights.inflation import inflated, resized, with_positions_f
 from pretrain.model.weights.layouts import convert
 from pretrain.model.weights.parts import ConvertedModel, colours
 from pretrain.model.weights.source import Source
-from pretrain.model.weights.videomae import to_videomae
+from pretrain.model.weights.videomae_out import to_videomae
 
 
 def vit(**options) -> dict[str, Tensor]:
