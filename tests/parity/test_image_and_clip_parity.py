@@ -144,6 +144,7 @@ def test_the_residual_attention_block_is_clips(causal):
     [
         {},
         {"qkv_bias": False, "init_values": 0.1, "no_embed_class": True},
+        {"qk_norm": True},
         {"pre_norm": True, "class_token": False, "global_pool": "avg"},
     ],
 )
