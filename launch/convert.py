@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 IMAGE_FRAMES, IMAGE_TUBELET = 16, 2
 """Frames of a clip and of a tubelet that an image model gets if nothing else is asked for: VideoMAE's."""
 
+FRAME_RATE = 7.5
+"""Frames per second of a clip if nothing else is asked for: VideoMAE's on Kinetics."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ConvertConfig:
@@ -47,10 +50,11 @@ class ConvertConfig:
     """Height and width of a clip in pixels; else the source's. Learned positions are interpolated."""
     tubelet: tuple[int, int, int] | None = None
     """Frames, height and width of a tubelet made of an image model's patches; else 2 frames of its patches."""
-    inflation: InflationName = "central"
-    """How an image model's patches become tubelets: in the central frame, or on average over the frames."""
-    frame_rate: float = 7.5
-    """Frames per second of the clips, which no source tells; stride 4 at 30 frames per second for most models."""
+    inflation: InflationName | None = None
+    """How an image model's patches become tubelets: in the central frame (if nothing is given), or on average over the
+    frames."""
+    frame_rate: float | None = None
+    """Frames per second of the clips, which no source of others tells; else 7.5, stride 4 at 30 frames per second."""
     heads: int | None = None
     """Number of heads, where the source does not tell it and it is not the published one."""
 
@@ -68,8 +72,8 @@ def convert(config: ConvertConfig) -> ConvertedModel:
     source = Path(config.source)
     refuse_out(config)
     if is_tubelets(source):
-        model, clip = read_model(find_encoder(config.source))
-        model = with_sizes(model, config)
+        refuse_given(config, "a model of Tubelet tells it", "heads", "frame_rate")
+        converted, clip = read_model(find_encoder(config.source))
     else:
         read = read_source(source, config.heads)
         converted = convert_weights(read)
@@ -77,7 +81,8 @@ def convert(config: ConvertConfig) -> ConvertedModel:
         for name in converted.left_out:
             logger.info(f"{name} is left out: it has no place in Tubelet's model")
         tell(compare(read, converted))
-        model, clip = with_sizes(converted, config), ClipConfig(frame_rate=config.frame_rate)
+        clip = ClipConfig(frame_rate=FRAME_RATE if config.frame_rate is None else config.frame_rate)
+    model = with_sizes(converted, config)
     clip = dataclasses.replace(clip, frames=model.frames, size=model.size[0], mean=model.mean, std=model.std)  # type: ignore[arg-type]
     write(model, clip, config)
     return model
@@ -86,6 +91,8 @@ def convert(config: ConvertConfig) -> ConvertedModel:
 def refuse_out(config: ConvertConfig) -> None:
     """Raises `Refused` if `out` is not what would be written, or holds something already."""
     out = Path(config.out)
+    if config.to == "huggingface":
+        refuse_given(config, "Hugging Face's VideoMAE has no place for it", "frame_rate")
     if (config.to == "safetensors") != (out.suffix == ".safetensors"):
         remedy = (
             "name a file NAME.safetensors" if config.to == "safetensors" else "name a folder, or give --to safetensors"
@@ -93,6 +100,13 @@ def refuse_out(config: ConvertConfig) -> None:
         raise Refused(f"{out}: cannot be written as {config.to}; {remedy}")
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise Refused(f"{out}: is there already; name another, or remove it")
+
+
+def refuse_given(config: ConvertConfig, why: str, *fields: str) -> None:
+    """Raises `Refused` if a field is given that nothing would read."""
+    for name in fields:
+        if getattr(config, name) is not None:
+            raise Refused(f"{name}: {why}; leave it out")
 
 
 def is_tubelets(path: Path) -> bool:
@@ -124,13 +138,12 @@ def with_sizes(model: ConvertedModel, config: ConvertConfig) -> ConvertedModel:
     if size[0] != size[1]:
         raise Refused(f"size: the model sees {size[0]} x {size[1]} pixels, Tubelet's clips are square; give --size")
     if not model.is_image:
-        if config.tubelet not in (None, model.encoder.tubelet):
-            raise Refused(f"tubelet: is {config.tubelet}, but the model has {model.encoder.tubelet}; leave it out")
-        return resized(model, config.frames or model.frames, size)
+        refuse_given(config, "only image models are inflated, and this one sees clips", "tubelet", "inflation")
+        return resized(model, model.frames if config.frames is None else config.frames, size)
     patch = model.encoder.tubelet[1:]
     frames = IMAGE_FRAMES if config.frames is None else config.frames
     tubelet = (1 if frames == 1 else IMAGE_TUBELET, *patch) if config.tubelet is None else config.tubelet
-    return inflated(resized(model, 1, size), frames, tubelet, config.inflation)
+    return inflated(resized(model, 1, size), frames, tubelet, config.inflation or "central")
 
 
 def write(model: ConvertedModel, clip: ClipConfig, config: ConvertConfig) -> None:
@@ -145,8 +158,9 @@ def write(model: ConvertedModel, clip: ClipConfig, config: ConvertConfig) -> Non
         logger.info(f"wrote {out}: transformers.{content['architectures'][0]}.from_pretrained loads it")
         return
     classes = None if model.head is None else model.head.classes
-    if model.head is not None and classes is None:
-        logger.info("the head is left out: the source has no names of its classes")
+    if model.head is not None and (classes is None or config.to == "safetensors"):
+        why = "the source has no names of its classes" if classes is None else "only the encoder is written"
+        logger.info(f"the head is left out: {why}")
     if model.decoder is not None:
         logger.info("the decoder is left out: pretraining starts from the encoder, with a fresh decoder")
     if config.to == "safetensors":

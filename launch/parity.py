@@ -15,7 +15,7 @@ from pretrain.model.encoders import build_encoder
 from pretrain.model.mae import MaskedAutoencoder
 from pretrain.model.masking import MaskConfig, draw_mask
 from pretrain.model.weights.image import DECODER as IMAGE_DECODER
-from pretrain.model.weights.parts import PARTS, ConvertedModel
+from pretrain.model.weights.parts import IMAGE_LAYOUT, PARTS, ConvertedModel
 from pretrain.model.weights.source import Source
 
 TOLERANCE = 1e-4
@@ -55,7 +55,7 @@ def compare(source: Source, model: ConvertedModel) -> Comparison | None:
         "Hugging Face VideoMAE": ("transformers", _beside_videomae),
         "Hugging Face ViViT": ("transformers", _beside_vivit),
         "Hugging Face X-CLIP": ("transformers", _beside_xclip),
-        "timm ViT, MAE": ("timm", _beside_timm),
+        IMAGE_LAYOUT: ("timm", _beside_timm),
     }
     package, beside = comparisons.get(model.layout, ("", None))
     if beside is None or importlib.util.find_spec(package) is None:

@@ -1,6 +1,7 @@
 """`tubelet convert`: files that others wrote become models that pretraining, finetuning and prediction start from."""
 
 import argparse
+import dataclasses
 import json
 import shlex
 from pathlib import Path
@@ -13,7 +14,8 @@ from timm.models.vision_transformer import VisionTransformer
 from transformers import VideoMAEForPreTraining, VivitConfig, VivitForVideoClassification
 
 from launch.cli import main
-from pretrain.weights import encoder_from, load_encoder, load_encoder_weights
+from pretrain.errors import Refused
+from pretrain.weights import encoder_from, fit_to_clip, load_encoder, load_encoder_weights
 from tests.parity.references import SIZES, perturbed
 from tests.parity.test_videomae_parity import peer_config
 from tests.runs import tiny_pretraining
@@ -102,6 +104,15 @@ def test_a_class_token_that_comes_with_the_encoder_learns_as_slowly_as_what_stan
     assert encoder.layer_of("class_token") == 0
 
 
+def test_positions_that_do_not_fit_their_description_are_refused_where_they_would_be_interpolated(from_images):
+    weights, architecture, clip = load_encoder(from_images)
+    wrong, wanted = dataclasses.replace(clip, size=40), dataclasses.replace(clip, size=24)
+    with pytest.raises(Refused, match=r"its positions do not fit its config\.json; export the encoder again"):
+        fit_to_clip(weights, architecture, from_images, wrong, wanted)
+    with pytest.raises(Refused, match=r"data\.clip\.mean: is \(0\.5, 0\.5, 0\.5\), but the encoder in"):
+        fit_to_clip(weights, architecture, from_images, clip, dataclasses.replace(clip, mean=(0.5, 0.5, 0.5)))
+
+
 def test_a_classifier_with_names_of_classes_predicts_and_lends_its_encoder(packed_shards, tmp_path, capsys):
     names = {0: "run", 1: "jump"}
     config = VivitConfig(**SIZES, tubelet_size=[2, 8, 8], id2label=names, label2id={"run": 0, "jump": 1})
@@ -177,10 +188,13 @@ def test_what_cannot_be_converted_is_refused_in_one_line(vit, from_images, tmp_p
             [str(vit), out, "--tubelet", "[2,16,16]"],
             "tubelet: is 2 x 16 x 16, but the image model has patches of 8 x 8",
         ),
-        ([str(from_images), out, "--tubelet", "[4,8,8]"], "tubelet: is (4, 8, 8), but the model has (2, 8, 8)"),
+        ([str(from_images), out, "--tubelet", "[4,8,8]"], "tubelet: only image models are inflated, and this one sees"),
         ([str(vit), out, "--frames", "3"], "frames: 3 frames do not divide into tubelets of 2"),
         ([str(vit), out, "--size", "20"], "size: 20 x 20 pixels do not divide into patches of 8 x 8"),
         ([str(vit), out, "--heads", "5"], "heads: those of"),
+        ([str(from_images), out, "--inflation", "average"], "inflation: only image models are inflated"),
+        ([str(from_images), out, "--frame_rate", "5"], "frame_rate: a model of Tubelet tells it; leave it out"),
+        ([str(from_images), out, "--frames", "0"], "frames: 0 frames do not divide into tubelets of 2"),
         ([str(vit)], "OUT: missing"),
     ):
         assert message in refusal(capsys, ["convert", *command]), command

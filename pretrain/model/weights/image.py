@@ -15,6 +15,7 @@ from pretrain.errors import Refused
 from pretrain.model.blocks import LAYER_NORM_EPS, ActivationName
 from pretrain.model.encoder import EncoderConfig
 from pretrain.model.weights.parts import (
+    IMAGE_LAYOUT,
     IMAGENET_MEAN,
     IMAGENET_STD,
     PARTS,
@@ -61,7 +62,7 @@ def from_image(source: Source) -> ConvertedModel:
     source.heads = source.heads or untold.heads
     published = source.config.get("pretrained_cfg", source.config)
     return ConvertedModel(
-        "timm ViT, MAE",
+        IMAGE_LAYOUT,
         EncoderConfig(
             **sizes(width, depth, heads_of(source, width, depth), len(weights["blocks.0.mlp.fc1.bias"])),
             tubelet=(1, patch[0], patch[1]),

@@ -17,6 +17,9 @@ from pretrain.model.weights.source import Source, Weights
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+IMAGE_LAYOUT = "timm ViT, MAE"
+"""The layout of image models."""
+
 ACTIVATIONS: dict[str, ActivationName] = {
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -56,7 +59,7 @@ class ConvertedModel:
     Attributes:
         layout: The layout that they came in.
         encoder: The encoder's architecture.
-        frames: Frames of a clip, 1 for images.
+        frames: Frames of a clip; of an image model 1, until it is inflated.
         size: Height and width of a clip in pixels.
         mean: Mean of each colour channel, for values in [0, 1].
         std: Standard deviation of each colour channel.
@@ -84,8 +87,8 @@ class ConvertedModel:
 
     @property
     def is_image(self) -> bool:
-        """Whether the model sees single images."""
-        return self.frames == 1
+        """Whether the model came as one of images."""
+        return self.layout == IMAGE_LAYOUT
 
 
 class AttentionNames(NamedTuple):
