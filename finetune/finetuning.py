@@ -47,12 +47,11 @@ from pretrain.stage import (
     validate,
 )
 from pretrain.weights import (
-    configs_from,
     find_encoder,
+    fit_to_clip,
+    load_encoder,
     load_encoder_weights,
-    load_model_folder,
     refuse_other_architecture,
-    refuse_other_clip,
 )
 
 logger = logging.getLogger(__name__)
@@ -159,12 +158,11 @@ def starting_point(config: FinetuneConfig) -> Start:
         source.validate(clip.frames, clip.size, field="architecture")
         return Start(source.resolved(), None, {})
     folder = find_encoder(source)
-    weights, content = load_model_folder(folder)
-    architecture, pretrained_clip = configs_from(content, folder)
+    weights, architecture, pretrained_clip = load_encoder(folder)
     architecture.validate(pretrained_clip.frames, pretrained_clip.size, field=f"{folder / 'config.json'}: encoder")
     refuse_other_architecture("architecture", folder, architecture, config.architecture or architecture)
-    refuse_other_clip(folder, pretrained_clip, clip)
-    return Start(architecture, folder, weights)
+    architecture.validate(clip.frames, clip.size, field="architecture")
+    return Start(architecture, folder, fit_to_clip(weights, architecture, folder, pretrained_clip, clip))
 
 
 def build_classifier(description: ModelDescription, start: Start) -> Classifier:

@@ -46,14 +46,13 @@ from pretrain.stage import (
     validate,
 )
 from pretrain.weights import (
-    configs_from,
     describe_encoder,
     encoder_from,
     find_encoder,
+    fit_to_clip,
+    load_encoder,
     load_encoder_weights,
-    load_model_folder,
     refuse_other_architecture,
-    refuse_other_clip,
     save_model_folder,
 )
 
@@ -118,11 +117,9 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
 def initial_weights(config: PretrainConfig, path: str) -> tuple[dict[str, Tensor], Path]:
     """Returns the weights of the encoder at `path` and its folder; raises `Refused` if it is another encoder."""
     folder = find_encoder(path)
-    weights, description = load_model_folder(folder)
-    architecture, clip = configs_from(description, folder)
+    weights, architecture, clip = load_encoder(folder)
     refuse_other_architecture("encoder", folder, architecture, config.encoder)
-    refuse_other_clip(folder, clip, config.data.clip)
-    return weights, folder
+    return fit_to_clip(weights, architecture, folder, clip, config.data.clip), folder
 
 
 def reconstruction_loss(model: nn.Module, batch: Batch) -> Tensor:

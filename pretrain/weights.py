@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,15 @@ from pretrain.errors import Refused
 from pretrain.files import replacing, write_json
 from pretrain.model.encoder import Encoder, EncoderConfig
 from pretrain.model.encoders import build_encoder
+from pretrain.model.tubelets import grid_of
+from pretrain.model.weights.inflation import with_positions_for
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+
+WITHOUT_TABLES = ("sincos", "sincos_3d", "rotary")
+"""Kinds of positions that are computed, so that no weights of theirs belong to a grid."""
 
 
 def save_model_folder(folder: Path, weights: dict[str, Tensor], description: dict[str, Any]) -> None:
@@ -74,15 +82,41 @@ def find_encoder(path: str) -> Path:
     """Returns the folder of an encoder.
 
     Args:
-        path: That folder, or a pretraining run's.
+        path: That folder, or a pretraining run's; or a classifier's, or a finetuning run's.
 
     Raises:
         Refused: There is no encoder.
     """
-    for folder in (Path(path) / "encoder", Path(path)):
+    for folder in (Path(path) / "encoder", Path(path) / "model", Path(path)):
         if (folder / "config.json").is_file():
             return folder
     raise Refused(f"{path}: holds no encoder; give a pretraining run or a folder with config.json")
+
+
+def load_encoder(folder: Path) -> tuple[dict[str, Tensor], EncoderConfig, ClipConfig]:
+    """Reads an encoder, or the encoder of a classifier.
+
+    Where a classifier's norm stands behind the mean, it becomes the encoder's last norm.
+
+    Args:
+        folder: The folder that `find_encoder` returned.
+
+    Returns:
+        The encoder's weights, its architecture and its clips.
+
+    Raises:
+        Refused: A file is missing, damaged, or of a newer format.
+    """
+    weights, description = load_model_folder(folder)
+    architecture, clip = configs_from(description, folder)
+    if "classes" not in description:
+        return weights, architecture, clip
+    encoder = {name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith("encoder.")}
+    if description.get("head", {}).get("pool") == "mean":
+        last = "temporal_norm" if architecture.name == "factorised_encoder" else "norm"
+        encoder |= {f"{last}.{part}": weights[f"head.0.{part}"] for part in ("weight", "bias")}
+    logger.info(f"{folder}: is a classifier; its head is left out")
+    return encoder, architecture, clip
 
 
 def refuse_other_architecture(field: str, folder: Path, found: EncoderConfig, wanted: EncoderConfig) -> None:
@@ -104,18 +138,49 @@ def refuse_other_architecture(field: str, folder: Path, found: EncoderConfig, wa
             raise Refused(f"{field}.{name}: is {ours}, but the encoder in {folder} has {theirs}; use that")
 
 
-def refuse_other_clip(folder: Path, found: ClipConfig, wanted: ClipConfig) -> None:
-    """Raises `Refused` unless clips have the shape and the colours that the encoder in `folder` was pretrained with."""
-    for name in ("frames", "size", "mean", "std"):
+def fit_to_clip(
+    weights: dict[str, Tensor], architecture: EncoderConfig, folder: Path, found: ClipConfig, wanted: ClipConfig
+) -> dict[str, Tensor]:
+    """Returns an encoder's weights for clips of other frames or size; learned positions are interpolated.
+
+    Sine-cosine and rotary positions have no weights and know every grid.
+
+    Args:
+        weights: The weights by the encoder's own names.
+        architecture: The encoder's architecture.
+        folder: Where they come from, to tell what is done or wrong.
+        found: The clips that they were trained on.
+        wanted: The clips that they are wanted for; they divide into tubelets.
+
+    Raises:
+        Refused: The clips have other colours.
+    """
+    for name in ("mean", "std"):
         if getattr(found, name) != getattr(wanted, name):
             raise Refused(
                 f"data.clip.{name}: is {getattr(wanted, name)}, but the encoder in {folder} was pretrained with "
                 f"{getattr(found, name)}; use that"
             )
+    if (found.frames, found.size) == (wanted.frames, wanted.size):
+        return weights
+    kind = architecture.positions
+    how = f"its {kind} positions are {'computed' if kind in WITHOUT_TABLES else 'interpolated'} for clips of"
+    logger.info(
+        f"{folder}: was trained on clips of {found.frames} frames of {found.size} pixels; {how} {wanted.frames} frames "
+        f"of {wanted.size} pixels"
+    )
+    grids = (grid_of(clip.frames, clip.size, architecture.tubelet) for clip in (found, wanted))
+    try:
+        return with_positions_for(weights, *grids)
+    except RuntimeError:
+        raise Refused(f"{folder}: its positions do not fit its config.json; export the encoder again") from None
 
 
 def load_encoder_weights(encoder: Encoder, weights: dict[str, Tensor], folder: Path) -> None:
-    """Puts pretrained weights into an encoder; a class token that was not pretrained keeps its fresh value.
+    """Puts pretrained weights into an encoder.
+
+    A class token that was not pretrained keeps its fresh value; one that the encoder has no use for is left out, and
+    the log says so.
 
     Args:
         encoder: The encoder, with fresh weights.
@@ -126,6 +191,9 @@ def load_encoder_weights(encoder: Encoder, weights: dict[str, Tensor], folder: P
         Refused: The weights belong to an encoder of another shape.
     """
     own = encoder.state_dict()
+    if "class_token" in weights and "class_token" not in own:
+        logger.info(f"{folder}: class_token is left out: nothing reads it here (head.pool class_token does)")
+        weights = {name: value for name, value in weights.items() if name != "class_token"}
     fresh = {"class_token"} - set(weights)
     missing = sorted(set(own) - set(weights) - fresh)
     surplus = sorted(set(weights) - set(own))
@@ -137,6 +205,7 @@ def load_encoder_weights(encoder: Encoder, weights: dict[str, Tensor], folder: P
                 f"configure the architecture that it was trained with"
             )
     encoder.load_state_dict(weights, strict=False)
+    encoder.has_class_tokens = "class_token" in weights
 
 
 def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
