@@ -10,12 +10,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pretrain.data.clips import ClipConfig
+from pretrain.data.sequence_plan import ClipSizing, PackingConfig
 from pretrain.errors import Refused
 from pretrain.files import replacing, write_json
 from pretrain.model.encoder import Encoder, EncoderConfig
 from pretrain.model.encoders import build_encoder
+from pretrain.model.tubelets import Size
 
 FORMAT_VERSION = 1
+LEARNED_AXES = ("separable", "factorised")
+"""Learned positions that packed clips can have."""
 
 
 def save_model_folder(folder: Path, weights: dict[str, Tensor], description: dict[str, Any]) -> None:
@@ -49,14 +53,21 @@ def load_model_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return weights, description
 
 
-def describe_encoder(config: EncoderConfig, clip: ClipConfig) -> dict[str, Any]:
-    """Returns the description of an encoder for `config.json`."""
-    return {"encoder": dataclasses.asdict(config.resolved()), "clip": dataclasses.asdict(clip)}
+def describe_encoder(config: EncoderConfig, clip: ClipConfig, packing: PackingConfig | None = None) -> dict[str, Any]:
+    """Returns the description of an encoder for `config.json`; `packing` is for one that sees packed clips."""
+    description = {"encoder": dataclasses.asdict(config.resolved()), "clip": dataclasses.asdict(clip)}
+    return description if packing is None else description | {"packing": dataclasses.asdict(packing)}
 
 
-def encoder_from(config: EncoderConfig, clip: ClipConfig, class_token: bool = False) -> Encoder:
-    """Builds the encoder that sees clips of `clip`."""
-    return build_encoder(config, clip.frames, clip.size, clip.mean, clip.std, class_token)
+def encoder_from(
+    config: EncoderConfig, clip: ClipConfig, class_token: bool = False, packing: PackingConfig | None = None
+) -> Encoder:
+    """Builds the encoder that sees clips of `clip`, or packed clips, whose positions reach as far as the largest."""
+    size: Size = clip.size
+    if packing is not None:
+        sizing = ClipSizing(clip, packing.aspect, config.tubelet)
+        size = sizing.pixels(sizing.largest)
+    return build_encoder(config, clip.frames, size, clip.mean, clip.std, class_token)
 
 
 def configs_from(description: dict[str, Any], folder: Path) -> tuple[EncoderConfig, ClipConfig]:
@@ -68,6 +79,16 @@ def configs_from(description: dict[str, Any], folder: Path) -> tuple[EncoderConf
         )
     except (KeyError, TypeError) as error:
         raise Refused(f"{folder / 'config.json'}: does not describe an encoder ({error}); export it again") from None
+
+
+def packing_from(description: dict[str, Any], folder: Path) -> PackingConfig | None:
+    """Returns how the clips of the model that a `config.json` describes are packed; None where they are not."""
+    if description.get("packing") is None:
+        return None
+    try:
+        return PackingConfig(**description["packing"])
+    except TypeError as error:
+        raise Refused(f"{folder / 'config.json'}: does not describe packed clips ({error}); export it again") from None
 
 
 def find_encoder(path: str) -> Path:
@@ -112,6 +133,32 @@ def refuse_other_clip(folder: Path, found: ClipConfig, wanted: ClipConfig) -> No
                 f"data.clip.{name}: is {getattr(wanted, name)}, but the encoder in {folder} was pretrained with "
                 f"{getattr(found, name)}; use that"
             )
+
+
+def refuse_other_packing(
+    folder: Path, positions: str, found: PackingConfig | None, wanted: PackingConfig | None
+) -> None:
+    """Refuses learned positions of an encoder that was pretrained on clips of other shapes.
+
+    Positions that are computed mean the same in every grid, so such an encoder goes from packed clips to clips of one
+    size and back.
+
+    Args:
+        folder: The encoder's folder.
+        positions: Its position embedding.
+        found: How its clips were packed; None where all had one size.
+        wanted: How the run packs them.
+
+    Raises:
+        Refused: The tables of learned positions are of another size.
+    """
+    ours, theirs = (None if one is None else one.aspect for one in (wanted, found))
+    if positions in LEARNED_AXES and ours != theirs:
+        told = ["clips of one size" if one is None else f"packed clips up to aspect {one}" for one in (ours, theirs)]
+        raise Refused(
+            f"data.packing: asks for {told[0]}, but the encoder in {folder}, whose {positions} positions are learned, "
+            f"was pretrained with {told[1]}; use that"
+        )
 
 
 def load_encoder_weights(encoder: Encoder, weights: dict[str, Tensor], folder: Path) -> None:
