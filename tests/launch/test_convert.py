@@ -15,7 +15,7 @@ from transformers import VideoMAEForPreTraining, VivitConfig, VivitForVideoClass
 
 from launch.cli import main
 from pretrain.errors import Refused
-from pretrain.weights import encoder_from, fit_to_clip, load_encoder, load_encoder_weights
+from pretrain.weights import encoder_from, fit_to_clips, load_encoder, load_encoder_weights
 from tests.parity.references import SIZES, perturbed
 from tests.parity.test_videomae_parity import peer_config
 from tests.runs import tiny_pretraining
@@ -97,7 +97,7 @@ def test_finetuning_starts_from_it_at_another_frame_count_and_size(from_images, 
 
 
 def test_a_class_token_that_comes_with_the_encoder_learns_as_slowly_as_what_stands_before_the_blocks(from_images):
-    weights, architecture, clip = load_encoder(from_images)
+    weights, architecture, clip, _ = load_encoder(from_images)
     encoder = encoder_from(architecture, clip, class_token=True)
     assert encoder.layer_of("class_token") == encoder.layers + 1
     load_encoder_weights(encoder, weights, from_images)
@@ -105,12 +105,13 @@ def test_a_class_token_that_comes_with_the_encoder_learns_as_slowly_as_what_stan
 
 
 def test_positions_that_do_not_fit_their_description_are_refused_where_they_would_be_interpolated(from_images):
-    weights, architecture, clip = load_encoder(from_images)
+    pretrained = load_encoder(from_images)
+    clip = pretrained.clip
     wrong, wanted = dataclasses.replace(clip, size=40), dataclasses.replace(clip, size=24)
     with pytest.raises(Refused, match=r"its positions do not fit its config\.json; export the encoder again"):
-        fit_to_clip(weights, architecture, from_images, wrong, wanted)
+        fit_to_clips(pretrained._replace(clip=wrong), from_images, wanted)
     with pytest.raises(Refused, match=r"data\.clip\.mean: is \(0\.5, 0\.5, 0\.5\), but the encoder in"):
-        fit_to_clip(weights, architecture, from_images, clip, dataclasses.replace(clip, mean=(0.5, 0.5, 0.5)))
+        fit_to_clips(pretrained, from_images, dataclasses.replace(clip, mean=(0.5, 0.5, 0.5)))
 
 
 def test_a_classifier_with_names_of_classes_predicts_and_lends_its_encoder(packed_shards, tmp_path, capsys):
@@ -123,7 +124,7 @@ def test_a_classifier_with_names_of_classes_predicts_and_lends_its_encoder(packe
     video = next((packed_shards.parent / "videos").rglob("*.mp4"))
     assert main(["predict", str(video), "--model", str(out)]) == 0
     assert "jump" in capsys.readouterr().out
-    weights, architecture, _ = load_encoder(out)
+    weights, architecture, *_ = load_encoder(out)
     assert architecture.positions == "learned"
     assert {"class_token", "norm.weight", "blocks.1.mlp.fc2.bias"} <= weights.keys()
     assert not any(name.startswith(("encoder.", "head.")) for name in weights)
