@@ -43,8 +43,8 @@ def trained(
     return model, optimizer
 
 
-def opened(out: Path, processes: Processes, keep_last: int = 2) -> Checkpoints:
-    return Checkpoints(out / "checkpoints", processes, RunLock(out), keep_last)
+def opened(out: Path, processes: Processes, **stays: int) -> Checkpoints:
+    return Checkpoints(out / "checkpoints", processes, RunLock(out), CheckpointConfig(**stays))
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path, processes):
@@ -133,7 +133,7 @@ def test_a_damaged_older_checkpoint_does_not_count_among_those_that_stay(tmp_pat
     for step in (5, 10, 15):
         written.save(step, *trained(processes, seed=step), STATE)
     (written.folder / "step-00000010" / "optimizer.pt").write_bytes(b"torn")
-    later = Checkpoints(written.folder, processes, written.lock, keep_last=3)
+    later = Checkpoints(written.folder, processes, written.lock, CheckpointConfig(keep_last=3))
     later.save(20, *trained(processes, seed=20), STATE)
     assert names(later) == ["step-00000005", "step-00000010", "step-00000015", "step-00000020"]
     later.save(25, *trained(processes, seed=25), STATE)

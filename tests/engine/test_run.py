@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 
+from pretrain.engine.checkpoint import CheckpointConfig
 from pretrain.engine.distributed import Processes
 from pretrain.engine.run import open_run
 from pretrain.errors import DiskFull, Refused, StoppedByRule
@@ -21,7 +22,7 @@ def processes():
 
 def opened(out, processes, identity=None, resume="auto", stage="pretrain"):
     identity = identity or {"seed": 0}
-    return open_run(str(out), processes, stage, {"seed": 0}, "seed: 0\n", resume, "none", identity, 2)
+    return open_run(str(out), processes, stage, {"seed": 0}, "seed: 0\n", resume, "none", identity, CheckpointConfig())
 
 
 def save(run, step: int) -> None:

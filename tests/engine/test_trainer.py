@@ -97,6 +97,7 @@ def test_too_many_samples_that_cannot_be_decoded_stop_the_run_and_are_listed(rec
 def trainer_of(out: Path, processes: Processes, objective, checkpoint_every: int = 1) -> Trainer:
     """A trainer of one small layer for three steps."""
     plan = Plan(
+        samples_read=0,
         first_step=0,
         samples_padded=0,
         steps=3,
