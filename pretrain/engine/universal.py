@@ -18,6 +18,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pretrain.engine.manifest import MANIFEST, Saved, describe_files, verify, write_manifest
 from pretrain.errors import Refused, TubeletError
 from pretrain.files import sync_file
@@ -91,8 +93,8 @@ def convert(saved: Saved, temporary: Path) -> None:
 def load_universal(engine: Any, folder: Path) -> None:
     """Loads a converted checkpoint; every rank calls it.
 
-    Learning rates, decay, betas and whatever else the parameter groups say is DeepSpeed's: ZeRO 3 gives all groups
-    those of the first, so the caller sets them anew.
+    ZeRO 3 gives all groups what the checkpoint says of the first: one decay, which the caller sets anew for each, and
+    one and the same tensor that counts Adam's steps, which would then count as many steps at once as there are groups.
     """
     config = engine._config
     config.load_universal_checkpoint = True
@@ -100,6 +102,9 @@ def load_universal(engine: Any, folder: Path) -> None:
         engine.load_checkpoint(folder, tag=TAG)
     finally:
         config.load_universal_checkpoint = False
+    for state in engine.optimizer.optimizer.state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].clone()
 
 
 def remove_orphans(checkpoints: Path) -> None:
