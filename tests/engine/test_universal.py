@@ -1,4 +1,4 @@
-"""Checkpoints of ZeRO that another number of processes goes on from: converted once, whole or not at all, and pruned."""
+"""Checkpoints of ZeRO that other numbers of processes read: converted once, whole or not at all, and pruned."""
 
 import dataclasses
 import logging
