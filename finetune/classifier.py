@@ -1,8 +1,9 @@
-"""The classifier: an encoder, a class token or mean pooling, and an MLP head (ViT, arXiv 2010.11929, section 3.1).
+"""The classifier: an encoder, a class token or pooling, and an MLP head (ViT, arXiv 2010.11929, section 3.1).
 
 The pretrained encoder has no class token; finetuning adds a fresh one, which stands where the encoder's design wants
 it: in the sequence of a joint encoder, in the temporal transformer of a factorised one. With mean pooling the last
-layer norm is a fresh one behind the mean in place of the encoder's own, as in VideoMAE (arXiv 2203.12602).
+layer norm is a fresh one behind the mean in place of the encoder's own, as in VideoMAE (arXiv 2203.12602). With
+attention pooling a learned query attends to the encoder's normalised tokens (arXiv 2106.04560, section 3.2).
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
 from finetune.config import HeadConfig
@@ -42,6 +44,8 @@ class Classifier(nn.Module):
             self.pool = Encoded.mean
             encoder.leave_out_last_norm()
             layers.append(nn.LayerNorm(encoder.width, eps=LAYER_NORM_EPS))
+        elif head.pool == "attention":
+            self.pool = AttentionPool(encoder)
         for before, after in itertools.pairwise(widths):
             layers += [nn.Linear(before, after), nn.GELU()]
         last = nn.Linear(widths[-1], classes)
@@ -60,6 +64,27 @@ class Classifier(nn.Module):
         return lambda name: (
             self.encoder.layer_of(name.removeprefix("encoder.")) if name.startswith("encoder.") else above
         )
+
+
+class AttentionPool(nn.Module):
+    """Multi-head attention pooling (arXiv 2106.04560): one learned query over an encoder's tokens, then an MLP.
+
+    Args:
+        encoder: The encoder, which sets width, heads and the ratio of the MLP.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        """Creates the query, the projections and the MLP."""
+        super().__init__()
+        block = encoder.config.block()
+        self.attention = AttentionPoolLatent(
+            block.width, num_heads=block.heads, mlp_ratio=block.mlp_ratio, norm_layer=nn.LayerNorm
+        )
+        self.apply(initialise)
+
+    def forward(self, encoded: Encoded) -> Tensor:
+        """Returns `(B, D)` for what an encoder returned: of its last transformer's tokens, as the mean is."""
+        return self.attention(encoded.last())
 
 
 @dataclasses.dataclass(frozen=True)

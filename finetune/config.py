@@ -12,8 +12,9 @@ from pretrain.model.encoder import EncoderConfig
 class HeadConfig:
     """What stands on the encoder."""
 
-    pool: Literal["class_token", "mean"] = "class_token"
-    """What the head reads: a class token added to the pretrained encoder, or the mean of its tokens."""
+    pool: Literal["class_token", "mean", "attention"] = "class_token"
+    """What the head reads: a class token added to the pretrained encoder, the mean of its tokens, or what a learned
+    query finds in them."""
     hidden: tuple[int, ...] = ()
     """Widths of the head's hidden layers; none is one linear layer."""
     dropout: float = 0.0

@@ -25,12 +25,19 @@ from pretrain.model.blocks import (
     stack,
 )
 from pretrain.model.positions import TEMPERATURE, WITH_WAVELENGTHS, PositionEmbedding, PositionName, RotaryEmbedding
+from pretrain.model.residual_attention import SMALLEST_STEM_SIDE, ConvolutionalTubeletEmbedding
 from pretrain.model.tubelets import Grid, Size, TubeletEmbedding, coordinates_of, grid_of
 
 EncoderName = Literal[
     "joint", "factorised_encoder", "factorised_self_attention", "factorised_dot_product", "cross_frame"
 ]
 VariantName = Literal["Ti", "S", "B", "L", "H", "g"]
+StemName = Literal["linear", "residual_attention"]
+
+STEMS: dict[StemName, type[TubeletEmbedding]] = {
+    "linear": TubeletEmbedding,
+    "residual_attention": ConvolutionalTubeletEmbedding,
+}
 
 
 class Variant(NamedTuple):
@@ -74,6 +81,8 @@ class EncoderConfig:
     """Width of an MLP's hidden layer over the width of a token, in place of the variant's."""
     tubelet: tuple[int, int, int] = (2, 16, 16)
     """Frames, height and width of a tubelet; one frame is uniform frame sampling."""
+    stem: StemName = "linear"
+    """How a tubelet becomes a token: by a linear projection, or by a small convolutional network with attention."""
     positions: PositionName = "sincos"
     """Position embedding."""
     position_temperature: float = TEMPERATURE
@@ -134,6 +143,7 @@ class EncoderConfig:
             raise Refused(f"data.clip.frames: {frames} frames do not divide into tubelets of {t}; change one of them")
         if height % h or breadth % w:
             raise Refused(f"data.clip.size: {size} pixels do not divide into tubelets of {h} x {w}; change one of them")
+        self._validate_stem(field)
         self._validate_heads(field, width, heads)
         self._validate_positions(field, width // heads)
         if not 0 <= self.drop_path < 1:
@@ -142,6 +152,14 @@ class EncoderConfig:
             raise Refused(f"{field}.layer_scale: {self.layer_scale} must be greater than 0; leave it out to have none")
         if not 0 < self.norm_eps < 1:
             raise Refused(f"{field}.norm_eps: {self.norm_eps} must be greater than 0 and less than 1")
+
+    def _validate_stem(self, field: str) -> None:
+        t, h, w = self.tubelet
+        if self.stem == "residual_attention" and min(h, w) < SMALLEST_STEM_SIDE:
+            raise Refused(
+                f"{field}.stem: residual_attention halves a tubelet's height and width three times, and "
+                f"{field}.tubelet is {t} x {h} x {w}; give sides of at least {SMALLEST_STEM_SIDE}, or the linear stem"
+            )
 
     def _validate_heads(self, field: str, width: int, heads: int) -> None:
         if width % heads:
@@ -188,9 +206,13 @@ class Encoded(NamedTuple):
     slots: Tensor | None = None
     class_token: Tensor | None = None
 
+    def last(self) -> Tensor:
+        """Returns what the last transformer returned: the temporal tokens, or all tokens where there are none."""
+        return self.tokens if self.temporal is None else self.temporal
+
     def mean(self) -> Tensor:
         """Returns `(B, D)`, the mean over the temporal tokens, or over all tokens where there are none."""
-        return (self.tokens if self.temporal is None else self.temporal).mean(1)
+        return self.last().mean(1)
 
 
 class Encoder(nn.Module):
@@ -224,7 +246,7 @@ class Encoder(nn.Module):
         self.config = config.resolved()
         self.width = width
         self.grid: Grid = grid_of(frames, size, config.tubelet)
-        self.embedding = TubeletEmbedding(config.tubelet, width, mean, std)
+        self.embedding = STEMS[config.stem](config.tubelet, width, mean, std)
         self.positions = PositionEmbedding(config.positions, self.grid, width, config.position_temperature)
         has_class_token = class_token or self.has_class_tokens
         self.class_token = nn.Parameter(torch.zeros(1, 1, width)) if has_class_token else None
@@ -267,7 +289,7 @@ class Encoder(nn.Module):
             clips: `(B, T, H, W, C)`: uint8, or floats that are normalised already.
             visible: `(B, Nv)` ascending token numbers, or None for all tokens.
             visible_slots: Number of slots that hold visible tokens, S, in every clip of the batch; None for all slots.
-                What else must hold for a design, `masking.py` tells.
+                What else must hold for a design, `compatibility.py` tells.
         """
         raise NotImplementedError
 

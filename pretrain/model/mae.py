@@ -7,6 +7,7 @@ decoder attends jointly over all it is given (VideoMAE), or its mask tokens look
 """
 
 import dataclasses
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -90,7 +91,7 @@ class MaskedAutoencoder(nn.Module):
         sizes = BlockConfig(config.width, config.heads, config.mlp_ratio)
         self.decoder_blocks = stack(block, sizes, config.depth)
         self.decoder_norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
-        self.decoder_head = nn.Linear(config.width, encoder.embedding.projection.in_features)
+        self.decoder_head = nn.Linear(config.width, math.prod(encoder.config.tubelet) * len(encoder.embedding.mean))
         for part in (self.decoder_embedding, self.decoder_blocks, self.decoder_head):
             part.apply(initialise)
         nn.init.trunc_normal_(self.mask_token, std=0.02)

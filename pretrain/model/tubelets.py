@@ -74,20 +74,26 @@ class TubeletEmbedding(nn.Module):
         width: Width of a token, D.
         mean: Mean of each colour channel, for values in [0, 1].
         std: Standard deviation of each colour channel.
+        features: Number of values that a stem computes of a tubelet for the projection; None projects its pixels.
     """
 
     mean: Tensor
     std: Tensor
 
     def __init__(
-        self, tubelet: tuple[int, int, int], width: int, mean: tuple[float, ...], std: tuple[float, ...]
+        self,
+        tubelet: tuple[int, int, int],
+        width: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        features: int | None = None,
     ) -> None:
         """Creates the projection, Xavier-initialised as in MAE."""
         super().__init__()
         self.tubelet = tubelet
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
-        self.projection = nn.Linear(math.prod(tubelet) * len(mean), width)
+        self.projection = nn.Linear(features or math.prod(tubelet) * len(mean), width)
         nn.init.xavier_uniform_(self.projection.weight)
         nn.init.zeros_(self.projection.bias)
 
@@ -106,10 +112,10 @@ class TubeletEmbedding(nn.Module):
 
     def embed(self, tubelets: Tensor) -> Tensor:
         """Embeds tubelets `(..., P)`, uint8 or normalised floats, as `(..., D)`."""
-        if tubelets.dtype == torch.uint8:
-            tubelets = self._normalised(tubelets)
-        return self.projection(tubelets.to(self.projection.weight.dtype))
+        return self.projection(self._normalised(tubelets))
 
     def _normalised(self, tubelets: Tensor) -> Tensor:
-        colours = tubelets.unflatten(-1, (-1, len(self.mean))).float()
-        return ((colours / 255 - self.mean) / self.std).flatten(-2)
+        if tubelets.dtype == torch.uint8:
+            colours = tubelets.unflatten(-1, (-1, len(self.mean))).float()
+            tubelets = ((colours / 255 - self.mean) / self.std).flatten(-2)
+        return tubelets.to(self.projection.weight.dtype)

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.classifier import Classifier, load
+from finetune.classifier import Classifier, ModelDescription, load, save_classifier
 from finetune.config import HeadConfig
 from pretrain.data.clips import ClipConfig
 from pretrain.engine.optimizer import OptimizerConfig, build_optimizer
 from pretrain.errors import Refused
 from pretrain.model.encoder import EncoderConfig
+from pretrain.model.encoders import ENCODERS
 from pretrain.weights import encoder_from, load_encoder_weights
 from tests.runs import run
 
@@ -26,8 +27,8 @@ def classifier(name: str, pool: str, classes: int = 3, **head) -> Classifier:
     return Classifier(encoder, HeadConfig(pool=pool, **head), classes).eval()
 
 
-@pytest.mark.parametrize("name", ["joint", "factorised_encoder"])
-@pytest.mark.parametrize("pool", ["class_token", "mean"])
+@pytest.mark.parametrize("name", list(ENCODERS))
+@pytest.mark.parametrize("pool", ["class_token", "mean", "attention"])
 def test_every_encoder_with_every_pooling_gives_logits_that_depend_on_the_clip(name, pool):
     model = classifier(name, pool, hidden=(8,), init_scale=1.0)
     clips = torch.randint(0, 256, (3, 4, 16, 16, 3), dtype=torch.uint8)
@@ -61,6 +62,45 @@ def test_mean_pooling_has_one_norm_behind_the_mean_in_place_of_the_encoders_last
     norm, _, last = model.head
     torch.testing.assert_close(model(clips), last(norm(pooled)))
     assert not torch.allclose(pooled, norm(pooled), atol=0.1), "the mean is of tokens that no norm has seen"
+
+
+@pytest.mark.parametrize("name", ["joint", "factorised_encoder"])
+def test_attention_pooling_is_a_learned_query_over_the_normalised_tokens(name):
+    model, clips = classifier(name, "attention"), torch.randint(0, 256, (2, 4, 16, 16, 3), dtype=torch.uint8)
+    pool, encoded = model.pool.attention, model.encoder(clips)
+    tokens = encoded.tokens if name == "joint" else encoded.temporal
+    torch.testing.assert_close(tokens.mean(-1), torch.zeros(tokens.shape[:2]), atol=1e-5, rtol=0)
+    queries = pool.q(pool.latent).expand(2, -1, -1)
+    keys, values = pool.kv(tokens).chunk(2, -1)
+    heads = []
+    for query, key, value in zip(*(part.chunk(2, -1) for part in (queries, keys, values)), strict=True):  # 2 heads
+        heads.append((query @ key.transpose(1, 2) / 16**0.5).softmax(-1) @ value)
+    pooled = pool.proj(torch.cat(heads, -1))
+    pooled = pooled + pool.mlp(pool.norm(pooled))
+    torch.testing.assert_close(model.pool(encoded), pooled[:, 0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(clips), model.head(pooled[:, 0]), atol=1e-5, rtol=1e-5)
+
+
+def test_attention_pooling_learns_as_fast_as_the_head_and_its_vectors_do_not_decay():
+    model = classifier("joint", "attention")
+    optimizer = build_optimizer(model, OptimizerConfig(layer_decay=0.5, weight_decay=0.1), global_batch=256)
+    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    pool = {key: groups[id(value)] for key, value in model.named_parameters() if key.startswith("pool.")}
+    assert {group["lr_scale"] for group in pool.values()} == {1.0}
+    matrices = ("q", "kv", "proj", "mlp.fc1", "mlp.fc2")
+    assert {key for key, group in pool.items() if group["weight_decay"]} == {
+        f"pool.attention.{name}.weight" for name in matrices
+    }
+
+
+def test_a_folder_keeps_a_classifier_with_attention_pooling(tmp_path):
+    model, clips = classifier("joint", "attention"), torch.randint(0, 256, (2, 4, 16, 16, 3), dtype=torch.uint8)
+    head = HeadConfig(pool="attention")
+    description = ModelDescription(model.encoder.config, CLIP, head, ("a", "b", "c"), short_side=16, frame_rate=None)
+    save_classifier(tmp_path, model.state_dict(), description)
+    loaded, read = load(tmp_path)
+    assert read == description
+    assert torch.equal(loaded(clips), model(clips))
 
 
 @pytest.mark.parametrize(("name", "blocks"), [("joint", 2), ("factorised_encoder", 4)])
