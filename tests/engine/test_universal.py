@@ -12,7 +12,7 @@ from torch import nn
 
 from pretrain.commandline import find_recipe
 from pretrain.engine.checkpoint import CheckpointConfig, Checkpoints, engine_kind, find_checkpoint
-from pretrain.engine.distributed import Processes
+from pretrain.engine.distributed import Precision, Processes
 from pretrain.engine.manifest import Saved, verify
 from pretrain.engine.ownership import RunLock
 from pretrain.errors import DiskFull, Refused, StoppedByRule, TubeletError
@@ -36,14 +36,15 @@ def prepared(processes: Processes, seed: int) -> tuple[Any, Any]:
 def train(processes: Processes, engine: Any, steps: int) -> list[float]:
     losses = []
     for step in range(steps):
-        loss = engine(torch.arange(20.0).view(4, 5).sin() + step)[:, :2].square().sum()
+        clips = (torch.arange(20.0).view(4, 5).sin() + step).to(next(engine.parameters()).dtype)
+        loss = engine(clips)[:, :2].float().square().sum()
         processes.accelerator.backward(loss)
-        losses.append(float(loss))
+        losses.append(loss.item())
     return losses
 
 
-def zero(stage: int) -> Processes:
-    return Processes(deepspeed=find_recipe(f"zero{stage}", "deepspeed", ".json"))
+def zero(stage: int, precision: Precision = "fp32") -> Processes:
+    return Processes(precision, deepspeed=find_recipe(f"zero{stage}", "deepspeed", ".json"))
 
 
 def opened(out: Path, processes: Processes, **stays: int) -> Checkpoints:
@@ -57,15 +58,19 @@ def of_another_world(checkpoints: Checkpoints) -> Saved:
     return dataclasses.replace(saved, state=saved.state | {"engine": engine})
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_training_goes_on_from_a_conversion_as_without_it_and_the_groups_stay_as_configured(tmp_path, stage, caplog):
-    with zero(stage) as processes:
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
+)
+def test_training_goes_on_from_a_conversion_as_without_it_and_the_groups_stay_as_configured(
+    tmp_path, stage, precision, caplog
+):
+    with zero(stage, precision) as processes:
         engine, optimizer = prepared(processes, seed=0)
         checkpoints = opened(tmp_path, processes)
         checkpoints.save(2, engine, optimizer, {"engine": engine_kind(processes)})
         expected = train(processes, engine, steps=4)
         checkpoints.lock.release()
-    with zero(stage) as processes:
+    with zero(stage, precision) as processes:
         engine, optimizer = prepared(processes, seed=1)
         checkpoints = opened(tmp_path, processes)
         with caplog.at_level(logging.INFO, "pretrain"):
