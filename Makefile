@@ -36,6 +36,7 @@ bench: .venv/installed ## measure against peers, as ratios, and the order of sam
 	@$(BIN)/python -m tests.benchmarks.decode
 	@$(BIN)/python -m tests.benchmarks.decode_child
 	@$(BIN)/python -m tests.benchmarks.order_scale
+	@$(BIN)/python -m tests.benchmarks.save_stall
 
 bench-data: .venv/installed ## measure the data path and what sets its speed, as ratios; some minutes
 	@$(BIN)/python -m tests.benchmarks.data_path
