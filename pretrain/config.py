@@ -17,6 +17,7 @@ from pretrain.model.encoder import EncoderConfig
 from pretrain.model.mae import DecoderConfig
 from pretrain.model.masking import MaskConfig
 from pretrain.model.tubelets import Grid, grid_of
+from pretrain.packing import validate_packed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,10 @@ class RunConfig:
     """Go on although the checkpoint was written with another data.global_batch or mask; nothing else can be changed."""
     precision: Precision = "bf16"
     """Arithmetic of the forward and backward pass; fp16 needs a GPU."""
+    compile: bool = False
+    """Compile the model with torch.compile: faster steps after some minutes; needs triton on a GPU, g++ on a CPU."""
+    activation_checkpointing: bool = False
+    """Keep only the input of each block and compute the rest again in the backward pass: less memory, slower steps."""
     deepspeed: str | None = None
     """DeepSpeed configuration: a name in configs/deepspeed, or a file; None is plain data parallelism."""
     tracking: TrackingMode = "auto"
@@ -147,13 +152,16 @@ class PretrainConfig(RunConfig):
 
     @property
     def grid(self) -> Grid:
-        """The token grid of a clip."""
+        """The token grid of a clip where all have the same."""
         return grid_of(self.data.clip.frames, self.data.clip.size, self.encoder.tubelet)
 
     def validate(self) -> None:
         """Raises `Refused` for whatever is wrong, before anything is allocated."""
         self.validate_run()
-        self.encoder.validate(self.data.clip.frames, self.data.clip.size)
+        if self.data.packing is None:
+            self.encoder.validate(self.data.clip.frames, self.data.clip.size)
+            self.mask.validate(self.encoder.name, self.grid)
+        else:
+            validate_packed(self.data, self.encoder, "encoder", self.mask)
         self.decoder.validate()
-        self.mask.validate(self.encoder.name, self.grid)
         self.validation.validate()

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,12 +15,14 @@ from pretrain.config import RunConfig
 from pretrain.data.balanced import BalancedOrder, SampleOrder
 from pretrain.data.clips import ClipConfig
 from pretrain.data.config import DataConfig
-from pretrain.data.loader import MicroBatches, training_batches
+from pretrain.data.loader import Batch, MicroBatches, training_batches
 from pretrain.data.order import Mixture, Order, Start, lanes_of_sets, nearest_divisor
+from pretrain.data.packed_clips import PackedBatch, PackedTrainingClips, packed_batches
 from pretrain.data.randomness import seed_of_set
 from pretrain.data.shard_cache import CacheConfig
 from pretrain.data.shards import ShardSet
 from pretrain.data.training_clips import TrainingClips
+from pretrain.engine.compiler import refuse_divided_weights, refuse_without_compiler
 from pretrain.engine.distributed import Processes, launched_world
 from pretrain.engine.optimizer import build_optimizer, build_schedule, members_of_groups
 from pretrain.engine.progress import set_up_logging
@@ -28,6 +30,7 @@ from pretrain.engine.run import KEYS, SKIPPED, Run, open_run, refuse_other_group
 from pretrain.engine.tracking import METRICS, read_metrics
 from pretrain.engine.trainer import Objective, Plan, Trainer, Validation
 from pretrain.errors import Refused
+from pretrain.model.blocks import recompute_activations
 from pretrain.report import Figure, curves
 
 logger = logging.getLogger(__name__)
@@ -120,10 +123,18 @@ def validate(config: RunConfig) -> None:
 
 
 def start_processes(config: RunConfig) -> Processes:
-    """Joins the other processes of the run; raises `Refused` if the batch does not divide among them."""
+    """Joins the other processes of the run.
+
+    Raises:
+        Refused: The batch does not divide among them, or the model shall be compiled where it cannot be.
+    """
     with met_by_every_rank():
         accumulation = config.accumulation(launched_world())
         deepspeed = find_recipe(config.deepspeed, "deepspeed", ".json") if config.deepspeed else None
+        if config.compile and deepspeed:
+            refuse_divided_weights(deepspeed)
+    if config.compile:
+        refuse_without_compiler()
     processes = Processes(
         config.precision, accumulation, config.data.micro_batch, config.optimizer.clip_grad, deepspeed
     )
@@ -172,6 +183,7 @@ def open_stage(
         "data.class_power": config.data.class_power,
         "data.lanes": config.data.lanes,
         "data.shards_per_window": config.data.shards_per_window,
+        "data.packing": None if config.data.packing is None else to_dict(config.data.packing),
         **trained,
     }
     return open_run(
@@ -252,6 +264,10 @@ def train(
     processes = run.processes
     accumulation = config.accumulation(processes.world)
     batch = order.global_batch
+    if config.activation_checkpointing:
+        recompute_activations(model)
+    if config.compile:
+        model.compile()  # in place, which leaves all names as they are
     optimizer = build_optimizer(model, config.optimizer, batch)
     run.state["groups"] = members_of_groups(model, optimizer)
     if run.saved:
@@ -295,10 +311,17 @@ def train(
     requests = MicroBatches(
         order, range(run.first_step, steps), config.data.micro_batch, processes.world, processes.rank
     )
-    trainer.train(training_batches(clips, requests, pin_memory=processes.device.type == "cuda"), run.state["stage"])
+    trainer.train(batches_of(clips, requests, pin_memory=processes.device.type == "cuda"), run.state["stage"])
     if run.first_step >= steps:  # the last attempt ended between its last checkpoint and the export
         export(model)
     return model
+
+
+def batches_of(clips: TrainingClips, requests: MicroBatches, pin_memory: bool) -> Iterator[Batch | PackedBatch]:
+    """Yields the rank's micro-batches, packed where the clips are."""
+    if isinstance(clips, PackedTrainingClips):
+        return packed_batches(clips, requests, pin_memory)
+    return training_batches(clips, requests, pin_memory)
 
 
 def summarise(run: Run, steps: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pretrain.engine.checkpoint import Checkpoints
 from pretrain.engine.distributed import Processes
-from pretrain.engine.feeding import on_device
+from pretrain.engine.feeding import begin_reading, on_device
 from pretrain.engine.progress import Progress
 from pretrain.engine.tracking import Tracker, read_metrics
 from pretrain.errors import StoppedByRule, TubeletError
@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 FEW_SAMPLES = 10  # bad samples that are always forgiven, so that the share means something in a short run
 
-LOADER_COSTS = ("read_s", "decode_s", "cut_s", "cache_hits", "cache_misses")
-"""What a batch tells of its loading: seconds, and reads of remote shards."""
+LOADER_COSTS = ("read_s", "decode_s", "cut_s", "cache_hits", "cache_misses", "places", "tokens")
+"""What a batch tells of its loading: seconds, reads of remote shards, and places and tokens of packed sequences."""
 
 Objective = Callable[[nn.Module, Any], Tensor]
 """From the prepared model and a batch on the device to the mean loss of its clips."""
@@ -80,8 +80,7 @@ class _StepRecord(NamedTuple):
     """What is known of a step when the next one starts; the loss may still be on its way from the device."""
 
     step: int
-    loss: Tensor
-    gradient_norm: Any
+    loss_and_norm: Callable[[], list[float]]
     learning_rate: float
     seconds: float
     data_wait_s: float
@@ -221,8 +220,7 @@ class Trainer:
             loss_sum += loss.detach().float()
         return _StepRecord(
             step=step,
-            loss=loss_sum / self.plan.accumulation,
-            gradient_norm=gradient_norm,
+            loss_and_norm=begin_reading(loss_sum / self.plan.accumulation, gradient_norm),
             learning_rate=max(group["lr"] for group in self.optimizer.param_groups),
             seconds=self._seconds_since_last(),
             data_wait_s=data_wait_s,
@@ -240,7 +238,8 @@ class Trainer:
 
     def _settle(self, record: _StepRecord, progress: Progress) -> None:
         """Gathers a step's figures from all ranks, stops the run if they ask for it, and logs them."""
-        own = [record.loss.item(), record.data_wait_s, record.seconds, memory_gib(self.processes.device)]
+        own_loss, gradient_norm = record.loss_and_norm()
+        own = [own_loss, record.data_wait_s, record.seconds, memory_gib(self.processes.device)]
         counts = [record.padded, len(record.skipped), self._failure is not None]
         gathered = self.processes.gather(torch.tensor([*own, *counts, *record.costs], dtype=torch.float64))
         loss, data_wait_s, seconds, memory, padded, skipped, failed, *costs = gathered.unbind(1)
@@ -260,7 +259,7 @@ class Trainer:
         figures = {
             "loss": float(loss.mean()),
             "learning_rate": record.learning_rate,
-            "gradient_norm": float(record.gradient_norm),
+            "gradient_norm": gradient_norm,
             "clips_per_second": clips_per_second,
             "data_wait_s": float(data_wait_s.mean()),
             "data_wait_max_s": float(data_wait_s.max()),
@@ -347,11 +346,12 @@ def _count_skipped(reports: list[dict[str, Any]]) -> tuple[int, int]:
 
 
 def _loader_shares(costs: list[float]) -> dict[str, float]:
-    """Returns what share of the loader's time reading and decoding took, and of remote reads the cache served."""
-    read_s, decode_s, cut_s, hits, misses = costs
+    """Returns shares: of the loader's time, of remote reads, and of the places of packed sequences."""
+    read_s, decode_s, cut_s, hits, misses, places, tokens = costs
     loading_s, remote_reads = read_s + decode_s + cut_s, hits + misses
     shares = {"read_share": read_s / loading_s, "decode_share": decode_s / loading_s} if loading_s > 0 else {}
-    return shares | ({"cache_hit_share": hits / remote_reads} if remote_reads > 0 else {})
+    shares |= {"cache_hit_share": hits / remote_reads} if remote_reads > 0 else {}
+    return shares | ({"utilisation": tokens / places} if places > 0 else {})
 
 
 def seed_draws(seed: int, step: int, rank: int, micro_batch: int) -> None:
