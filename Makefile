@@ -3,10 +3,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint bench bench-model bench-data clean
+.PHONY: help demo test test-cluster lint bench bench-model bench-data clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 .venv/installed: pyproject.toml
 	@test -d .venv || $(PYTHON) -m venv .venv
@@ -20,6 +20,9 @@ demo: .venv/installed ## make videos, pretrain, finetune, and write runs/demo/re
 
 test: .venv/installed ## run the tests
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+
+test-cluster: .venv/installed ## run the tests that need SLURM, on a cluster of two nodes that they start here
+	@$(BIN)/python -m pytest tests/cluster
 
 lint: .venv/installed ## check the code with ruff and mypy
 	@$(BIN)/ruff check .
