@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from pretrain.engine.preemption import signals_held_back
 from pretrain.errors import DiskFull, TubeletError
 from pretrain.files import is_out_of_space, replacing, write_text
 
@@ -69,7 +70,8 @@ class Tracker:
         if connection:
             with self._never_fatal("could not start"):
                 self.run_id = settle_run_id(Path(out) / "wandb" / "run_id", run_id)
-                self._run = _start_wandb(Path(out), connection, config, stage, self.run_id)
+                with signals_held_back():  # in W&B's own process, which outlives what stops the run
+                    self._run = _start_wandb(Path(out), connection, config, stage, self.run_id)
 
     def log(self, step: int, metrics: Mapping[str, float | int | str]) -> None:
         """Appends one line, `{"step": step, ...}`; call it once a step, with all that is known of that step.
