@@ -41,7 +41,6 @@ class Preempted(TubeletError):
     """A signal or a limit of time ended the work before its end; what is saved goes on by the same command."""
 
     exit_code = EXIT_GO_ON_LATER
-    told = True
 
 
 class Interrupted(Preempted):

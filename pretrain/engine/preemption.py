@@ -88,8 +88,11 @@ class Cause(NamedTuple):
     def error(self, saved: str) -> Preempted:
         """Returns what all ranks raise, given where the run stands."""
         if self.code == signal.SIGINT:
-            return Interrupted(f"interrupted {saved}; start the same command again to go on")
-        return Preempted(f"{self}: ended {saved}; start the same command again to go on")
+            error: Preempted = Interrupted(f"interrupted {saved}; start the same command again to go on")
+        else:
+            error = Preempted(f"{self}: ended {saved}; start the same command again to go on")
+        error.told = True
+        return error
 
 
 def first_cause(codes: Tensor) -> Cause | None:

@@ -29,7 +29,7 @@ STACKS = "stacks"
 SLOW_STAGES = 4
 """The first step, a checkpoint and a validation may take so many times as long as a step."""
 LOOK_EVERY_S = 1.0
-X = 10.0
+LONGEST_TO_WRITE_S = 10.0
 """What lies at most between the stacks of one rank and its end, in which the others write theirs."""
 
 
