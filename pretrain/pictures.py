@@ -22,6 +22,7 @@ PLAIN_RECONSTRUCTION_NOTE = (
     "Top: the clip. Middle: all that the encoder sees. Bottom: visible tubelets as they are, masked ones as the model "
     "predicts them, brightness and contrast included."
 )
+UNDECODED_NOTE = "Grey in the bottom row: what training never asks the model for."
 FRAMES_SHOWN = 16
 FRAME_SIDE_PX = 128
 HIDDEN = (128, 128, 128, 56)  # a tint that lets the page shine through

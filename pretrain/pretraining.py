@@ -1,6 +1,5 @@
 """Pretraining: the one file that puts data, model and engine together."""
 
-import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,15 @@ from pretrain.engine.run import Run
 from pretrain.engine.tracking import METRICS, read_metrics
 from pretrain.files import replacing
 from pretrain.model.mae import MaskedAutoencoder
-from pretrain.model.masking import MaskConfig, draw_mask
-from pretrain.pictures import PLAIN_RECONSTRUCTION_NOTE, RECONSTRUCTION_NOTE, filmstrip, paint, visible_pixels
+from pretrain.model.masking import MaskConfig, draw_mask, mask_counts
+from pretrain.pictures import (
+    PLAIN_RECONSTRUCTION_NOTE,
+    RECONSTRUCTION_NOTE,
+    UNDECODED_NOTE,
+    filmstrip,
+    paint,
+    visible_pixels,
+)
 from pretrain.report import Figure, Section, write_report
 from pretrain.stage import (
     curve_figures,
@@ -82,7 +88,9 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         if is_finished(run, steps):
             return say_finished(run)
         torch.manual_seed(config.seed)
-        autoencoder = MaskedAutoencoder(encoder_from(config.encoder, config.data.clip), config.decoder)
+        encoder = encoder_from(config.encoder, config.data.clip)
+        visible_slots = mask_counts(config.mask, config.grid).visible_slots
+        autoencoder = MaskedAutoencoder(encoder, config.decoder, visible_slots)
         if initial and not run.saved:
             load_encoder_weights(autoencoder.encoder, *initial)
         validation = functools.partial(reconstruction_loss_on, held_out, config, processes) if held_out else None
@@ -209,13 +217,13 @@ def save_reconstructions(
         The files, on rank 0.
     """
     model.eval()
-    data, everything = config.data, dataclasses.replace(config.mask, decoded=1.0)
+    data, mask = config.data, config.mask.as_shown()
     views = EvaluationViews(shards, data.clip, decoder=data.decoder, decode_limit_s=data.decode_limit_s)
     numbers = np.linspace(0, shards.samples - 1, min(PICTURED_CLIPS, shards.samples)).astype(int)
     strips = []
     for number in numbers.tolist():
         view = views[number, True]
-        visible, masked = fixed_masks(everything, config, [number], run.processes.device)
+        visible, masked = fixed_masks(mask, config, [number], run.processes.device)
         prediction = model(view.clips.to(run.processes.device), visible, masked).prediction
         if view.error is None and run.processes.is_main:
             tokens = visible[0].cpu().numpy(), masked[0].cpu().numpy()
@@ -251,6 +259,8 @@ def write_pretraining_report(
 ) -> None:
     """Writes the run's page."""
     note = PLAIN_RECONSTRUCTION_NOTE if config.decoder.targets == "pixels" else RECONSTRUCTION_NOTE
+    if config.mask.as_shown().decoded < 1:
+        note = f"{note} {UNDECODED_NOTE}"
     write_report(
         out / "report.html",
         title=f"Pretraining {out.name}",

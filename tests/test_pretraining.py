@@ -5,8 +5,10 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from launch.cli import main
 from pretrain.commandline import parse
@@ -16,6 +18,7 @@ from pretrain.data.views import EvaluationViews
 from pretrain.engine.distributed import Processes
 from pretrain.engine.tracking import Tracker
 from pretrain.model.mae import MaskedAutoencoder
+from pretrain.pictures import UNDECODED_NOTE
 from pretrain.pretraining import fixed_masks, reconstruction_loss_on
 from pretrain.weights import encoder_from
 from tests.runs import tiny_pretraining
@@ -103,12 +106,38 @@ def test_a_stride_is_refused_on_a_resampled_held_out_set_too(recipe, packed_shar
     assert f"data.clip.stride: validation.shards {other} was packed with --fps" in capsys.readouterr().err
 
 
-def test_pictures_of_plain_targets_say_so_and_are_logged_at_the_last_step(recipe, tmp_path, monkeypatch):
+def test_pictures_of_plain_targets_say_so_show_all_that_is_masked_and_are_logged_at_the_last_step(
+    recipe, tmp_path, monkeypatch
+):
     logged = []
     monkeypatch.setattr(Tracker, "log_picture", lambda self, step, name, path: logged.append((step, name)))
     command = ["pretrain", "--config", recipe, "--out", str(tmp_path / "run"), "--steps", "4"]
-    assert main([*command, "--decoder.targets", "pixels"]) == 0
+    assert main([*command, "--decoder.targets", "pixels", "--mask.decoded", "0.5"]) == 0
     assert logged == [(4, f"reconstruction/{number}") for number in range(4)]
     page = (tmp_path / "run" / "report.html").read_text()
     assert "brightness and contrast included" in page
     assert "interpolated from the visible" not in page
+    assert UNDECODED_NOTE not in page
+    strip = np.asarray(Image.open(tmp_path / "run/pictures/reconstruction-0.png"))[..., :3]
+    last_row = strip[2 * (strip.shape[0] + 12) // 3 :]
+    assert (last_row == 128).all(-1).mean() < 0.1, (
+        "a quarter would be grey if the half that was not drawn were left out"
+    )
+
+
+def test_pictures_of_a_causal_mask_are_grey_where_training_never_decodes(recipe, tmp_path):
+    command = ["pretrain", "--config", recipe, "--out", str(tmp_path / "run"), "--steps", "4"]
+    command += ["--data.clip.frames", "12", "--encoder.name", "factorised_encoder"]
+    causal = ["--mask.name", "causal", "--mask.ratio", "0.84", "--mask.decoded", "0.2"]  # slot 0 shows slot 1, of six
+    assert main([*command, *causal]) == 0
+    strip = np.asarray(Image.open(tmp_path / "run/pictures/reconstruction-0.png"))
+    side = (strip.shape[1] + 4) // 12 - 4
+    clip, seen, painted = (
+        [strip[top : top + side, left : left + side] for left in range(0, strip.shape[1], side + 4)]
+        for top in range(0, strip.shape[0], side + 12)
+    )
+    assert all(np.array_equal(one, other) for one, other in zip(clip[:2], painted[:2], strict=True))
+    assert all(len(np.unique(frame)) > 2 for frame in painted[2:4])
+    assert all(frame.reshape(-1, 4).tolist() == [[128, 128, 128, 255]] * side**2 for frame in painted[4:])
+    assert all(len(np.unique(frame.reshape(-1, 4), axis=0)) == 1 for frame in seen[2:])
+    assert UNDECODED_NOTE in (tmp_path / "run/report.html").read_text()

@@ -11,7 +11,7 @@ from finetune.config import FinetuneConfig
 from pretrain.commandline import parse, recipes_folder
 from pretrain.config import PretrainConfig
 from pretrain.errors import Refused
-from pretrain.model.masking import FITS
+from pretrain.model.compatibility import fits
 
 PRETRAIN = sorted(path.stem for path in (recipes_folder() / "pretrain").glob("*.yaml"))
 FINETUNE = sorted(path.stem for path in (recipes_folder() / "finetune").glob("*.yaml"))
@@ -137,7 +137,7 @@ def test_only_the_demo_trains_from_scratch():
 @pytest.mark.parametrize("name", PRETRAIN)
 def test_the_encoder_of_a_pretraining_recipe_takes_its_mask(name):
     config = read("pretrain", name)
-    assert config.mask.name in FITS[config.encoder.name]
+    assert fits(config.encoder.name, config.mask.kind)
 
 
 @pytest.mark.parametrize(("stage", "name", "row"), PUBLISHED)

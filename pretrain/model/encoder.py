@@ -289,7 +289,7 @@ class Encoder(nn.Module):
             clips: `(B, T, H, W, C)`: uint8, or floats that are normalised already.
             visible: `(B, Nv)` ascending token numbers, or None for all tokens.
             visible_slots: Number of slots that hold visible tokens, S, in every clip of the batch; None for all slots.
-                What else must hold for a design, `masking.py` tells.
+                What else must hold for a design, `compatibility.py` tells.
         """
         raise NotImplementedError
 

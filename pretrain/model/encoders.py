@@ -7,7 +7,7 @@
     cross_frame                slots attend within themselves and tell each other messages
 
 Every one of them runs on all tokens and on visible tokens only; which masks leave tokens that a design can arrange,
-`masking.py` tells.
+`compatibility.py` tells.
 """
 
 import torch
