@@ -15,7 +15,6 @@ from tests.runs import ROOT, own_environment
 HANGS = """
 import ctypes, sys, threading, time
 from pathlib import Path
-from pretrain.engine.preemption import StopRequests
 from pretrain.engine.watchdog import Watchdog
 
 def hang_in_python():
@@ -26,14 +25,17 @@ def hang_in_c_code_with_the_lock():
     ctypes.PyDLL(None).sleep(1000)
 
 def go_on():
-    print("going", flush=True)
-    for _ in range(40):
-        time.sleep(0.1)
-        watchdog.expect("step 2")
+    with StopRequests():
+        print("going", flush=True)
+        for _ in range(20):
+            time.sleep(0.1)
+            watchdog.expect("step 2")
 
 folder, how = sys.argv[1:]
+if how == "go_on":
+    from pretrain.engine.preemption import StopRequests
 watchdog = Watchdog(1.0, Path(folder), 0, lambda reason: print(reason, flush=True))
-with StopRequests(), watchdog.watching():
+with watchdog.watching():
     watchdog.expect("step 1")
     globals()[how]()
 print("over")
@@ -63,7 +65,7 @@ def test_a_process_that_goes_on_leaves_nothing_and_its_suspension_is_no_hang(tmp
     assert process.stdout.readline() == "going\n"
     process.send_signal(signal.SIGTSTP)
     os.waitid(os.P_PID, process.pid, os.WSTOPPED)
-    time.sleep(3)
+    time.sleep(2)  # longer than the limit and the time to write
     process.send_signal(signal.SIGCONT)
     said, _ = process.communicate(timeout=60)
     assert (process.returncode, said) == (0, "over\n")
