@@ -72,8 +72,7 @@ class WorkerPool(Generic[Task, Result]):
         """Takes over Ctrl-C and its like, if this is the main thread, and makes the workers ready to start."""
         self.in_main_thread = threading.current_thread() is threading.main_thread()
         try:
-            if self.in_main_thread:
-                fork_server()
+            fork_server()
             self.dispatcher = _Dispatcher(self.context, self.function, self.workers)
         except OSError as error:
             raise _no_worker(error) from error

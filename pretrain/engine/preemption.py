@@ -12,8 +12,10 @@ A second signal, `REPEATED_S` after the first or later, means now: the process e
 signal's number. It saves nothing and leaves no `outcome.json`; a checkpoint that it was writing is removed by the next
 attempt, which goes on from the one before.
 
-Under srun each of the signals reaches the ranks. torchrun, accelerate and deepspeed pass on SIGTERM and SIGINT alone,
-die of the others, and kill the ranks 30 seconds after: there a step and its checkpoint must fit into 30 seconds.
+Under srun with a task for each rank, every signal reaches the ranks and their exit code is srun's. torchrun, accelerate
+and deepspeed pass on SIGTERM and SIGINT alone (deepspeed both as SIGTERM), die of the others, and kill the ranks 30
+seconds after: there a step and its checkpoint must fit into 30 seconds. They end with codes of their own, so what the
+run says stands in `outcome.json` alone.
 """
 
 import contextlib
@@ -39,6 +41,7 @@ from pretrain.errors import Interrupted, Preempted, Refused
 logger = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+TERMINAL_SIGNALS = (signal.SIGINT, signal.SIGTSTP)
 REPEATED_S = 1.0
 """A signal so soon after another is the same one, heard again through the launcher or the process group."""
 END_MARGIN_S = 120.0
@@ -156,6 +159,8 @@ class StopRequests:
         os.set_blocking(self._write, False)
         self._wakeup_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         for number in (*STOP_SIGNALS, signal.SIGTSTP):
+            if number in TERMINAL_SIGNALS and signal.getsignal(number) is signal.SIG_IGN:
+                continue  # a background job of a shell script, which the terminal's keys do not mean
             self._handlers[number] = signal.signal(number, _do_nothing)
             signal.siginterrupt(number, False)  # system calls of libraries go on as if nothing had happened
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
