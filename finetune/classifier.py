@@ -18,10 +18,21 @@ from torch import Tensor, nn
 
 from finetune.config import HeadConfig
 from pretrain.data.clips import ClipConfig
+from pretrain.data.config import DataConfig
+from pretrain.data.sequence_plan import Packing, PackingConfig
 from pretrain.errors import Refused
 from pretrain.model.blocks import LAYER_NORM_EPS, initialise
 from pretrain.model.encoder import Encoded, Encoder, EncoderConfig
-from pretrain.weights import configs_from, describe_encoder, encoder_from, load_model_folder, save_model_folder
+from pretrain.model.packing import PackedTokens, encode_packed, pool_segments
+from pretrain.packing import packing_of
+from pretrain.weights import (
+    configs_from,
+    describe_encoder,
+    encoder_from,
+    load_model_folder,
+    packing_from,
+    save_model_folder,
+)
 
 
 class Classifier(nn.Module):
@@ -87,6 +98,14 @@ class AttentionPool(nn.Module):
         return self.attention(encoded.last())
 
 
+class PackedClassifier(Classifier):
+    """A classifier of packed clips, which pools the tokens of each; its parameters are those of `Classifier`."""
+
+    def forward(self, tokens: PackedTokens, clips: int = 1) -> Tensor:  # type: ignore[override]
+        """Returns logits `(B, clips, classes)` for sequences that hold so many clips each."""
+        return self.head(pool_segments(encode_packed(self.encoder, tokens), tokens.segments, clips))
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelDescription:
     """What a model folder says of its classifier.
@@ -98,6 +117,7 @@ class ModelDescription:
         classes: Names of the classes, in the order of their numbers.
         short_side: Short side of the stored videos it was trained on, in pixels.
         frame_rate: Their frame rate if packing set one, else None.
+        packing: How its clips are sized and packed; None where all have one size.
     """
 
     encoder: EncoderConfig
@@ -106,19 +126,29 @@ class ModelDescription:
     classes: tuple[str, ...]
     short_side: int
     frame_rate: float | None
+    packing: PackingConfig | None = None
+
+    @property
+    def packed(self) -> Packing | None:
+        """How the data path sizes and packs its clips; None where all have one size."""
+        if self.packing is None:
+            return None
+        return packing_of(DataConfig(clip=self.clip, packing=self.packing), self.encoder.tubelet)
 
     def build_encoder(self) -> Encoder:
         """Returns the encoder with fresh weights."""
-        return encoder_from(self.encoder, self.clip, class_token=self.head.pool == "class_token")
+        class_token = self.head.pool == "class_token"
+        return encoder_from(self.encoder, self.clip, class_token, self.packing)
 
     def build(self, encoder: Encoder) -> Classifier:
         """Returns a classifier with a fresh head on an encoder from `build_encoder`."""
-        return Classifier(encoder, self.head, len(self.classes))
+        kind = PackedClassifier if self.packing else Classifier
+        return kind(encoder, self.head, len(self.classes))
 
 
 def save_classifier(folder: Path, weights: dict[str, Tensor], description: ModelDescription) -> None:
     """Writes a self-contained model folder."""
-    content = describe_encoder(description.encoder, description.clip) | {
+    content = describe_encoder(description.encoder, description.clip, description.packing) | {
         "head": dataclasses.asdict(description.head),
         "classes": list(description.classes),
         "short_side": description.short_side,
@@ -143,10 +173,11 @@ def load(folder: str | Path) -> tuple[Classifier, ModelDescription]:
     if "classes" not in content:
         raise Refused(f"{folder}: is an encoder, not a classifier; finetune it first")
     encoder, clip = configs_from(content, folder)
+    packing = packing_from(content, folder)
     try:
         head = HeadConfig(**{**content["head"], "hidden": tuple(content["head"]["hidden"])})
         description = ModelDescription(
-            encoder, clip, head, tuple(content["classes"]), content["short_side"], content["frame_rate"]
+            encoder, clip, head, tuple(content["classes"]), content["short_side"], content["frame_rate"], packing
         )
     except (KeyError, TypeError) as error:
         raise Refused(f"{folder / 'config.json'}: does not describe a classifier ({error}); export it again") from None

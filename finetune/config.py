@@ -77,6 +77,11 @@ class ViewsConfig:
         if self.temporal < 1 or self.spatial < 1:
             raise Refused("views.temporal, views.spatial: must be at least 1")
 
+    def refuse_crops(self, why: str) -> None:
+        """Raises `Refused` for crops of packed clips, which show the whole frame; `why` tells who packs them."""
+        if self.spatial > 1:
+            raise Refused(f"views.spatial: {self.spatial} crops, but {why} shows whole frames; use 1")
+
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig(RunConfig):
@@ -117,6 +122,19 @@ class FinetuneConfig(RunConfig):
         self.source()
         if self.architecture is not None and self.architecture.drop_path:
             raise Refused("architecture.drop_path: is not read in finetuning; give drop_path instead")
+        if self.data.packing is not None:
+            self._validate_packed()
         if not 0 <= self.drop_path < 1:
             raise Refused(f"drop_path: {self.drop_path} must be at least 0 and less than 1")
         self.validation.validate()
+
+    def _validate_packed(self) -> None:
+        if self.head.pool != "mean":
+            raise Refused(
+                f"head.pool: {self.head.pool} is for clips one by one, not for those of data.packing; use mean"
+            )
+        if self.mixing.mixes:
+            raise Refused(
+                "mixing.mixup, mixing.cutmix: mix clips of one size, which those of data.packing are not; set both to 0"
+            )
+        self.views.refuse_crops("data.packing")

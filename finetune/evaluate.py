@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_confusion_matrix
 
 from finetune.classifier import load
@@ -19,13 +20,16 @@ from pretrain.commandline import met_by_every_rank
 from pretrain.data.clips import ClipConfig
 from pretrain.data.decode_client import DECODE_LIMIT_S, refuse_decode_limit
 from pretrain.data.order import evaluation_slice
+from pretrain.data.packed_views import PackedEvaluationViews, PackedViews
+from pretrain.data.sequence_plan import Packing
 from pretrain.data.shard_cache import CacheConfig
 from pretrain.data.shards import ShardSet
 from pretrain.data.video import DecoderName
-from pretrain.data.views import EvaluationViews, evaluation_batches
+from pretrain.data.views import EvaluationViews, Views, evaluation_batches
 from pretrain.engine.distributed import Processes
 from pretrain.errors import DiskFull, Refused, StoppedByRule
 from pretrain.files import is_out_of_space, write_json, write_text
+from pretrain.packing import joined, visible_tokens
 from pretrain.report import Figure, Section, Table, confusion_matrix, write_report
 from pretrain.stage import open_shards
 
@@ -107,6 +111,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     with met_by_every_rank():
         config.validate()
     model, description = load(config.model)
+    if description.packing:
+        config.views.refuse_crops(f"{config.model} was trained on packed clips, of which each")
     shards = open_shards("shards", config.shards, description.clip, config.cache)
     check_classes(shards, description.classes)
     out = Path(config.out) if config.out else Path(config.model) / "evaluation"
@@ -124,6 +130,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
             config.workers,
             config.decoder,
             config.decode_limit_s,
+            description.packed,
         )
         record = {"model": config.model} | circumstances(shards, config.views)
         processes.on_main_only(lambda: write_evaluation(out, evaluation, description.classes, record))
@@ -189,6 +196,7 @@ def evaluate_on(
     workers: int,
     decoder: DecoderName = "auto",
     decode_limit_s: float | None = DECODE_LIMIT_S,
+    packing: Packing | None = None,
 ) -> Evaluation:
     """Evaluates a model on labelled shards; every rank calls it and gets the same result.
 
@@ -204,19 +212,21 @@ def evaluate_on(
         workers: Loader processes.
         decoder: Who decodes.
         decode_limit_s: Seconds that a decode may take; None or 0 decodes without limit or protection.
+        packing: How clips are sized for a model of packed clips, which then sees each alone; else None.
 
     Raises:
         StoppedByRule: The model returns logits that are not finite.
     """
     numbers, counted = evaluation_slice(len(chosen), processes.world, processes.rank)
-    cutter = EvaluationViews(shards, clip, views.temporal, views.spatial, decoder, decode_limit_s)
+    cutter: Dataset = EvaluationViews(shards, clip, views.temporal, views.spatial, decoder, decode_limit_s)
+    if packing is not None:
+        cutter = PackedEvaluationViews(shards, packing, views.temporal, decoder, decode_limit_s)
     was_training = model.training
     model.eval()
     own: list[VideoLogits] = []
     with torch.no_grad():
         for group in evaluation_batches(cutter, chosen[numbers], counted, micro_batch, workers):
-            clips = torch.cat([one.clips for one in group]).to(processes.device)
-            logits = model(clips).float().unflatten(0, (len(group), -1)).mean(1).cpu().numpy()
+            logits = logits_of(model, group, processes.device).unflatten(0, (len(group), -1)).mean(1).cpu().numpy()
             own += [
                 VideoLogits(one.key, one.label, None if one.error else row, one.error)
                 for one, row in zip(group, logits, strict=True)
@@ -224,6 +234,15 @@ def evaluate_on(
             ]
     model.train(was_training)
     return figures_of([one for part in processes.gather_objects(own) for one in part], classes)
+
+
+def logits_of(model: nn.Module, group: list[Views] | list[PackedViews], device: torch.device) -> Tensor:
+    """Returns the logits `(views of all samples, classes)` in full precision."""
+    if isinstance(group[0], PackedViews):
+        sequences = joined([one.sequences for one in group if isinstance(one, PackedViews)], device)
+        return model(visible_tokens(sequences)).float().squeeze(1)
+    clips = torch.cat([one.clips for one in group if isinstance(one, Views)])
+    return model(clips.to(device)).float()
 
 
 def figures_of(seen: list[VideoLogits], classes: tuple[str, ...]) -> Evaluation:

@@ -25,6 +25,7 @@ from finetune.evaluate import (
 )
 from pretrain.data.clips import ClipConfig
 from pretrain.data.loader import Batch
+from pretrain.data.packed_clips import PackedBatch, PackedTrainingClips, grid_of_sample
 from pretrain.data.shards import ShardSet
 from pretrain.data.training_clips import TrainingClips
 from pretrain.engine.run import Run
@@ -32,6 +33,7 @@ from pretrain.engine.tracking import METRICS, read_metrics
 from pretrain.engine.trainer import Objective
 from pretrain.files import sha256_of_file, write_json
 from pretrain.model.encoder import EncoderConfig
+from pretrain.packing import validate_packed, visible_tokens
 from pretrain.report import Section, write_report
 from pretrain.stage import (
     curve_figures,
@@ -47,12 +49,11 @@ from pretrain.stage import (
     validate,
 )
 from pretrain.weights import (
-    configs_from,
     find_encoder,
+    fit_to_clips,
+    load_encoder,
     load_encoder_weights,
-    load_model_folder,
     refuse_other_architecture,
-    refuse_other_clip,
 )
 
 logger = logging.getLogger(__name__)
@@ -90,6 +91,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     description = describe(config, start.architecture, shards)
     torch.manual_seed(config.seed)
     classifier = build_classifier(description, start)
+    clips = training_clips(config, description, shards, held_out)
     trained = {
         "encoder": sha256_of_file(start.folder / "model.safetensors") if start.folder else None,
         **named_fields("architecture", description.encoder),
@@ -110,8 +112,8 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
             order,
             steps,
             classifier,
-            TrainingClips(shards, config.data, config.seed),
-            build_objective(config.mixing, config.data.clip, len(shards.classes)),
+            clips,
+            build_objective(config.mixing, config.data.clip, len(shards.classes), packed=bool(config.data.packing)),
             validation=check,
             validate_every=config.validation.every,
             export=functools.partial(export_classifier, description, run),
@@ -145,7 +147,19 @@ def describe(config: FinetuneConfig, architecture: EncoderConfig, shards: ShardS
         shards.classes,
         shards.short_side,
         shards.frame_rate,
+        config.data.packing,
     )
+
+
+def training_clips(
+    config: FinetuneConfig, description: ModelDescription, shards: ShardSet, held_out: ShardSet | None
+) -> TrainingClips:
+    """Returns what cuts the run's clips; raises `Refused` where a set does not tell what packing needs to know."""
+    if description.packed is None:
+        return TrainingClips(shards, config.data, config.seed)
+    if held_out:
+        grid_of_sample(held_out, 0, description.packed)
+    return PackedTrainingClips(shards, config.data, config.seed, description.packed)
 
 
 def starting_point(config: FinetuneConfig) -> Start:
@@ -154,17 +168,25 @@ def starting_point(config: FinetuneConfig) -> Start:
     Raises:
         Refused: The encoder is of another architecture, its clips are of another shape, or the architecture cannot be.
     """
-    source, clip = config.source(), config.data.clip
+    source = config.source()
     if isinstance(source, EncoderConfig):
-        source.validate(clip.frames, clip.size, field="architecture")
+        validate_architecture(config, source, "architecture")
         return Start(source.resolved(), None, {})
     folder = find_encoder(source)
-    weights, content = load_model_folder(folder)
-    architecture, pretrained_clip = configs_from(content, folder)
-    architecture.validate(pretrained_clip.frames, pretrained_clip.size, field=f"{folder / 'config.json'}: encoder")
+    pretrained = load_encoder(folder)
+    architecture = pretrained.architecture
     refuse_other_architecture("architecture", folder, architecture, config.architecture or architecture)
-    refuse_other_clip(folder, pretrained_clip, clip)
-    return Start(architecture, folder, weights)
+    validate_architecture(config, architecture, f"{folder / 'config.json'}: encoder")
+    return Start(architecture, folder, fit_to_clips(pretrained, folder, config.data.clip, config.data.packing))
+
+
+def validate_architecture(config: FinetuneConfig, architecture: EncoderConfig, field: str) -> None:
+    """Raises `Refused` for an encoder that cannot be, or cannot see the run's clips; `field` is its name."""
+    clip = config.data.clip
+    if config.data.packing is None:
+        architecture.validate(clip.frames, clip.size, field)
+    else:
+        validate_packed(config.data, architecture, field)
 
 
 def build_classifier(description: ModelDescription, start: Start) -> Classifier:
@@ -175,11 +197,16 @@ def build_classifier(description: ModelDescription, start: Start) -> Classifier:
     return description.build(encoder)
 
 
-def build_objective(mixing: MixingConfig, clip: ClipConfig, classes: int) -> Objective:
+def build_objective(mixing: MixingConfig, clip: ClipConfig, classes: int, packed: bool = False) -> Objective:
     """Returns the loss of a batch: cross-entropy with label smoothing, over mixed clips if the recipe mixes.
 
-    Logits are taken in full precision, whatever the model computes in.
+    Logits are taken in full precision, whatever the model computes in. A packed batch holds as many clips as another,
+    so its mean needs no count of others.
     """
+    if packed:
+        return functools.partial(
+            packed_classification_loss, nn.CrossEntropyLoss(label_smoothing=mixing.label_smoothing)
+        )
     if not mixing.mixes:
         entropy = nn.CrossEntropyLoss(label_smoothing=mixing.label_smoothing)
         return lambda model, batch: entropy(model(batch.clips).float(), batch.labels)
@@ -198,6 +225,12 @@ def build_objective(mixing: MixingConfig, clip: ClipConfig, classes: int) -> Obj
         return soft_entropy(model(clips).float(), targets)
 
     return objective
+
+
+def packed_classification_loss(entropy: nn.Module, model: nn.Module, batch: PackedBatch) -> Tensor:
+    """Returns the mean loss of the clips of packed sequences."""
+    logits = model(visible_tokens(batch), clips=batch.labels.shape[1])
+    return entropy(logits.flatten(0, 1).float(), batch.labels.flatten())
 
 
 def mix(mixup: Mixup, batch: Batch, clip: ClipConfig) -> tuple[Tensor, Tensor]:
@@ -241,6 +274,7 @@ def accuracy_on(
         config.data.workers,
         config.data.decoder,
         config.data.decode_limit_s,
+        description.packed,
     ).figures
     return {f"validation_{name}": figures[name] for name in ("top1", "top5")}
 
@@ -269,6 +303,7 @@ def evaluate_finally(
         config.data.workers,
         config.data.decoder,
         config.data.decode_limit_s,
+        description.packed,
     )
     content = evaluation.figures | circumstances(held_out, config.views)
     run.processes.on_main_only(lambda: write_json(run.out / "evaluation.json", content))

@@ -12,11 +12,14 @@ from torch import Tensor
 
 from finetune.classifier import ModelDescription, load
 from finetune.config import ViewsConfig
+from pretrain.data.packed_views import packed_views_of
 from pretrain.data.shards import Sample
 from pretrain.data.transcode import transcode
 from pretrain.data.video import DecoderName
 from pretrain.data.views import views_of
 from pretrain.errors import BadSample, StoppedByRule
+from pretrain.model.packing import PackedTokens
+from pretrain.packing import visible_tokens
 
 TOP = 5
 GOP = 16
@@ -57,14 +60,15 @@ def predict(
     """
     model, description = load(model_folder)
     views = views or ViewsConfig(temporal=3)
+    if description.packing:
+        views.refuse_crops(f"{model_folder} was trained on packed clips, of which each")
     for file in files:
         try:
-            clips = clips_of(file, description, views, decoder)
+            with torch.no_grad():
+                logits = model(clips_of(file, description, views, decoder)).float().mean(0).flatten()
         except BadSample as error:
             yield Prediction(file, [], str(error))
             continue
-        with torch.no_grad():
-            logits = model(clips).float().mean(0)
         if not logits.isfinite().all():
             raise StoppedByRule(f"{file}: the logits of {model_folder} are not finite; finetune again")
         best = logits.softmax(0).topk(min(TOP, len(description.classes)))
@@ -72,8 +76,13 @@ def predict(
         yield Prediction(file, list(zip(names, best.values.tolist(), strict=True)))
 
 
-def clips_of(file: str, description: ModelDescription, views: ViewsConfig, decoder: DecoderName = "auto") -> Tensor:
-    """Returns the views of a video file, `(views, T, H, W, C)`, upright, whichever decoder reads them.
+def clips_of(
+    file: str, description: ModelDescription, views: ViewsConfig, decoder: DecoderName = "auto"
+) -> Tensor | PackedTokens:
+    """Returns the views of a video file, upright, whichever decoder reads them.
+
+    Returns:
+        `(views, T, H, W, C)`, or for a model of packed clips a sequence for each view.
 
     Raises:
         BadSample: It has none; the message says why, with the remedy.
@@ -82,6 +91,13 @@ def clips_of(file: str, description: ModelDescription, views: ViewsConfig, decod
         raise BadSample("no such file; give video files")
     try:
         stored = transcode(file, short_side=description.short_side, gop=GOP, frame_rate=description.frame_rate)
+        if description.packed:
+            sizing = description.packed.sizing
+            grid = sizing.grid(stored.frames, stored.frame_rate, stored.height, stored.width)
+            views_packed = packed_views_of(
+                stored.video, grid, stored.frame_rate, description.packed, views.temporal, decoder
+            )
+            return visible_tokens(views_packed)
         sample = Sample(Path(file).stem, stored.video, None, stored.frames, stored.frame_rate, {})
         return views_of(sample, description.clip, views.temporal, views.spatial, decoder)
     except BadSample as error:

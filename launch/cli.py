@@ -26,6 +26,7 @@ USAGE = """tubelet COMMAND ...
   finetune            train a classifier on labelled shards, from an encoder or from scratch
   evaluate            measure a classifier on labelled shards
   predict             name the five most probable classes of video files
+  convert SOURCE OUT  make weights of VideoMAE, ViViT, X-CLIP, ViT or MAE a model to start from, or ours theirs
   order               list the clips that each step of a run reads, without decoding any
   demo                all of it in minutes, on videos that it makes itself
 
@@ -48,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         "finetune": _finetune,
         "evaluate": _evaluate,
         "predict": _predict,
+        "convert": _convert,
         "order": _order,
         "demo": _demo,
     }
@@ -183,6 +185,20 @@ def _predict(arguments: list[str]) -> int:
     if code or all(predicted):
         return code
     return EXIT_FAILED if any(predicted) else EXIT_REFUSED
+
+
+def _convert(arguments: list[str]) -> int:
+    from pretrain.commandline import parse_plain, run_command
+    from pretrain.engine.progress import set_up_logging
+
+    def command() -> None:
+        from launch.convert import ConvertConfig, convert
+
+        alone = {"source": "SOURCE", "out": "OUT"}
+        convert(parse_plain(ConvertConfig, "convert", _named(arguments, alone), alone))
+
+    set_up_logging()
+    return run_command(command)
 
 
 def _order(arguments: list[str]) -> int:

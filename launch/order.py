@@ -12,7 +12,9 @@ from finetune.config import FinetuneConfig
 from pretrain.commandline import parse
 from pretrain.config import PretrainConfig, RunConfig
 from pretrain.data.reading_list import reading_list
+from pretrain.data.sequence_plan import Packing
 from pretrain.errors import Refused
+from pretrain.packing import packing_of
 from pretrain.stage import open_sets, order_of
 
 
@@ -49,8 +51,21 @@ def clips_read(
             f"--resumed-at: {resumed_at} must be at least 0 and before step {first}, the first that is listed"
         )
     masked = isinstance(config, PretrainConfig)
-    listed = reading_list(sets, config.data, order, range(first, last + 1), world, resumed_at, masked)
+    packing = packing_of_run(config)
+    listed = reading_list(sets, config.data, order, range(first, last + 1), world, resumed_at, masked, packing)
     return (clip._asdict() for clip in listed)
+
+
+def packing_of_run(config: RunConfig) -> Packing | None:
+    """Returns how a run sizes its clips; None where all have one size."""
+    if config.data.packing is None:
+        return None
+    if isinstance(config, FinetuneConfig):
+        from finetune.finetuning import starting_point  # with all that trains, which no other list needs
+
+        return packing_of(config.data, starting_point(config).architecture.tubelet)
+    assert isinstance(config, PretrainConfig), "there are two stages"
+    return packing_of(config.data, config.encoder.tubelet, config.mask)
 
 
 def read_config(name: str, overrides: list[str]) -> RunConfig:

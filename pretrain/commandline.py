@@ -14,7 +14,7 @@ import sys
 from argparse import Action
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
@@ -46,8 +46,23 @@ class Parser(ArgumentParser):
             raise Refused(f"{self._called(missing[1])}: missing; see {self.prog} --help")
         field = re.search(r'Parser key "([\w.]+)": (.*)', message)
         if field:
-            raise Refused(f"{field[1]}: {_plain(field[2])}")
+            raise Refused(self._in_optional_group(*field.groups()) or f"{field[1]}: {_plain(field[2])}")
         raise Refused(message)
+
+    def _in_optional_group(self, group: str, problem: str) -> str | None:
+        """Returns what is wrong with a field of a group that may be null; None if that is not what is wrong."""
+        found = re.search(r"Errors: - (?:Option '(\w+)' is not accepted|(\w+): (.*?)) - .*NoneType", problem)
+        if not found:
+            return None
+        unknown, name, reason = found.groups()
+        if name:
+            return f"{group}.{name}: {_plain(reason)}"
+        hints = [getattr(action, "_typehint", None) for action in self._actions if action.dest == group]
+        kinds = [kind for hint in hints for kind in get_args(hint) if dataclasses.is_dataclass(kind)]
+        fields = [field.name for kind in kinds for field in dataclasses.fields(kind)]
+        near = difflib.get_close_matches(unknown, fields, n=1, cutoff=0.5)
+        remedy = f"did you mean {group}.{near[0]}?" if near else f"its fields are {', '.join(fields)}"
+        return f"{group}.{unknown}: there is no such field; {remedy}"
 
     def _called(self, names: str) -> str:
         alone = {action.dest: str(action.metavar) for action in self._actions if hasattr(action, "stands_alone")}
@@ -256,7 +271,8 @@ def _plain(text: str) -> str:
     if union:
         text = f"{union[1]}, got {union[2]}"
     text = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", text)
-    return re.sub(r"<class '(\w+)'>", r"\1", text).replace("Expected a ", "expected ").replace("Got value:", "got")
+    text = re.sub(r"<class '(\w+)'>", r"\1", text).replace("Expected a ", "expected ")
+    return text.replace(". Got value:", ", got").replace("Got value:", "got")
 
 
 def _plain_value(value: Any) -> Any:

@@ -18,6 +18,7 @@ from pretrain.model.encoder import EncoderConfig
 from pretrain.model.mae import DecoderConfig
 from pretrain.model.masking import MaskConfig
 from pretrain.model.tubelets import Grid, grid_of
+from pretrain.packing import validate_packed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,13 +150,16 @@ class PretrainConfig(RunConfig):
 
     @property
     def grid(self) -> Grid:
-        """The token grid of a clip."""
+        """The token grid of a clip where all have the same."""
         return grid_of(self.data.clip.frames, self.data.clip.size, self.encoder.tubelet)
 
     def validate(self) -> None:
         """Raises `Refused` for whatever is wrong, before anything is allocated."""
         self.validate_run()
-        self.encoder.validate(self.data.clip.frames, self.data.clip.size)
+        if self.data.packing is None:
+            self.encoder.validate(self.data.clip.frames, self.data.clip.size)
+            self.mask.validate(self.encoder.name, self.grid)
+        else:
+            validate_packed(self.data, self.encoder, "encoder", self.mask)
         self.decoder.validate()
-        self.mask.validate(self.encoder.name, self.grid)
         self.validation.validate()

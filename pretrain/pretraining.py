@@ -12,16 +12,25 @@ from torch import Tensor, nn
 from pretrain.config import PretrainConfig
 from pretrain.data.loader import Batch
 from pretrain.data.order import evaluation_slice
+from pretrain.data.packed_clips import PackedTrainingClips, grid_of_sample
 from pretrain.data.randomness import sample_key
 from pretrain.data.shards import ShardSet
 from pretrain.data.training_clips import TrainingClips
-from pretrain.data.views import EvaluationViews, evaluation_batches
+from pretrain.data.views import HELD_OUT_SET, EvaluationViews, evaluation_batches
 from pretrain.engine.distributed import Processes
 from pretrain.engine.run import Run
 from pretrain.engine.tracking import METRICS, read_metrics
+from pretrain.engine.trainer import Objective
 from pretrain.files import replacing
 from pretrain.model.mae import MaskedAutoencoder
 from pretrain.model.masking import MaskConfig, draw_mask, mask_counts
+from pretrain.model.packing import PackedMaskedAutoencoder
+from pretrain.packed_pretraining import (
+    packed_reconstruction,
+    packed_reconstruction_loss,
+    packed_reconstruction_loss_on,
+)
+from pretrain.packing import packing_of
 from pretrain.pictures import (
     PLAIN_RECONSTRUCTION_NOTE,
     RECONSTRUCTION_NOTE,
@@ -46,18 +55,16 @@ from pretrain.stage import (
     validate,
 )
 from pretrain.weights import (
-    configs_from,
     describe_encoder,
     encoder_from,
     find_encoder,
+    fit_to_clips,
+    load_encoder,
     load_encoder_weights,
-    load_model_folder,
     refuse_other_architecture,
-    refuse_other_clip,
     save_model_folder,
 )
 
-HELD_OUT_SET = 1  # the set number that keys the fixed masks of held-out clips
 PICTURED_CLIPS = 4
 
 
@@ -79,6 +86,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     order = order_of(config, *sets)
     steps = config.total_steps(order.steps_per_epoch)
     initial = initial_weights(config, config.init) if config.init else None
+    clips = training_clips(config, sets, held_out)
     trained = {
         **named_fields("encoder", config.encoder.resolved()),
         **named_fields("decoder", config.decoder),
@@ -88,21 +96,19 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         if is_finished(run, steps):
             return say_finished(run)
         torch.manual_seed(config.seed)
-        encoder = encoder_from(config.encoder, config.data.clip)
-        visible_slots = mask_counts(config.mask, config.grid).visible_slots
-        autoencoder = MaskedAutoencoder(encoder, config.decoder, visible_slots)
+        autoencoder = build_autoencoder(config)
         if initial and not run.saved:
             load_encoder_weights(autoencoder.encoder, *initial)
-        validation = functools.partial(reconstruction_loss_on, held_out, config, processes) if held_out else None
-        draw = functools.partial(draw_mask, config.mask, config.grid)
+        loss_on = packed_reconstruction_loss_on if config.data.packing else reconstruction_loss_on
+        validation = functools.partial(loss_on, held_out, config, processes) if held_out else None
         model = train(
             config,
             run,
             order,
             steps,
             autoencoder,
-            TrainingClips(sets, config.data, config.seed, draw),
-            reconstruction_loss,
+            clips,
+            build_objective(config, processes),
             validation=validation,
             validate_every=config.validation.every,
             export=functools.partial(export_encoder, config, run),
@@ -115,14 +121,38 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         return summary
 
 
+def training_clips(config: PretrainConfig, sets: tuple[ShardSet, ...], held_out: ShardSet | None) -> TrainingClips:
+    """Returns what cuts the run's clips; raises `Refused` where a set does not tell what packing needs to know."""
+    if config.data.packing is None:
+        draw = functools.partial(draw_mask, config.mask, config.grid)
+        return TrainingClips(sets, config.data, config.seed, draw)
+    packing = packing_of(config.data, config.encoder.tubelet, config.mask)
+    if held_out:
+        grid_of_sample(held_out, 0, packing)
+    return PackedTrainingClips(sets, config.data, config.seed, packing)
+
+
+def build_autoencoder(config: PretrainConfig) -> MaskedAutoencoder:
+    """Returns the model that the run trains, with fresh weights."""
+    encoder = encoder_from(config.encoder, config.data.clip, packing=config.data.packing)
+    if config.data.packing:
+        return PackedMaskedAutoencoder(encoder, config.decoder)
+    return MaskedAutoencoder(encoder, config.decoder, mask_counts(config.mask, config.grid).visible_slots)
+
+
+def build_objective(config: PretrainConfig, processes: Processes) -> Objective:
+    """Returns the loss of a batch."""
+    if config.data.packing:
+        return packed_reconstruction_loss(processes, config.accumulation(processes.world))
+    return reconstruction_loss
+
+
 def initial_weights(config: PretrainConfig, path: str) -> tuple[dict[str, Tensor], Path]:
     """Returns the weights of the encoder at `path` and its folder; raises `Refused` if it is another encoder."""
     folder = find_encoder(path)
-    weights, description = load_model_folder(folder)
-    architecture, clip = configs_from(description, folder)
-    refuse_other_architecture("encoder", folder, architecture, config.encoder)
-    refuse_other_clip(folder, clip, config.data.clip)
-    return weights, folder
+    pretrained = load_encoder(folder)
+    refuse_other_architecture("encoder", folder, pretrained.architecture, config.encoder)
+    return fit_to_clips(pretrained, folder, config.data.clip, config.data.packing), folder
 
 
 def reconstruction_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -195,7 +225,8 @@ def export_encoder(config: PretrainConfig, run: Run, model: nn.Module) -> None:
         encoder = {
             name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith("encoder.")
         }
-        save_model_folder(run.out / "encoder", encoder, describe_encoder(config.encoder, config.data.clip))
+        description = describe_encoder(config.encoder, config.data.clip, config.data.packing)
+        save_model_folder(run.out / "encoder", encoder, description)
 
     run.processes.on_main_only(write)
 
@@ -217,18 +248,33 @@ def save_reconstructions(
         The files, on rank 0.
     """
     model.eval()
-    data, mask = config.data, config.mask.as_shown()
-    views = EvaluationViews(shards, data.clip, decoder=data.decoder, decode_limit_s=data.decode_limit_s)
     numbers = np.linspace(0, shards.samples - 1, min(PICTURED_CLIPS, shards.samples)).astype(int)
+    reconstruct = packed_reconstruction if config.data.packing else reconstruction
     strips = []
     for number in numbers.tolist():
-        view = views[number, True]
-        visible, masked = fixed_masks(mask, config, [number], run.processes.device)
-        prediction = model(view.clips.to(run.processes.device), visible, masked).prediction
-        if view.error is None and run.processes.is_main:
-            tokens = visible[0].cpu().numpy(), masked[0].cpu().numpy()
-            strips.append(filmstrip_of(config, view.clips[0].numpy(), *tokens, prediction[0].float().cpu().numpy()))
+        reconstructed = reconstruct(config, shards, model, number, run.processes.device)
+        if reconstructed and run.processes.is_main:
+            strips.append(filmstrip_of(config, *reconstructed))
     return run.processes.on_main_only(lambda: write_pictures(run, step, strips))
+
+
+def reconstruction(
+    config: PretrainConfig, shards: ShardSet, model: nn.Module, number: int, device: torch.device
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
+    """Reconstructs all tokens of one sample that training asks for at any time.
+
+    Returns:
+        The clip, the numbers of its visible and of its masked tokens, and the prediction, as for `paint`; None where
+        the sample cannot be decoded.
+    """
+    data = config.data
+    views = EvaluationViews(shards, data.clip, decoder=data.decoder, decode_limit_s=data.decode_limit_s)
+    view = views[number, True]
+    visible, masked = fixed_masks(config.mask.as_shown(), config, [number], device)
+    prediction = model(view.clips.to(device), visible, masked).prediction[0].float().cpu().numpy()
+    if view.error is not None:
+        return None
+    return view.clips[0].numpy(), visible[0].cpu().numpy(), masked[0].cpu().numpy(), prediction
 
 
 def filmstrip_of(

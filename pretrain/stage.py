@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,8 +14,9 @@ from pretrain.config import RunConfig
 from pretrain.data.balanced import BalancedOrder, SampleOrder
 from pretrain.data.clips import ClipConfig
 from pretrain.data.config import DataConfig
-from pretrain.data.loader import MicroBatches, training_batches
+from pretrain.data.loader import Batch, MicroBatches, training_batches
 from pretrain.data.order import Mixture, Order, lanes_of_sets, nearest_divisor
+from pretrain.data.packed_clips import PackedBatch, PackedTrainingClips, packed_batches
 from pretrain.data.randomness import seed_of_set
 from pretrain.data.shard_cache import CacheConfig
 from pretrain.data.shards import ShardSet
@@ -171,6 +172,7 @@ def open_stage(
         "data.class_power": config.data.class_power,
         "data.lanes": config.data.lanes,
         "data.shards_per_window": config.data.shards_per_window,
+        "data.packing": None if config.data.packing is None else to_dict(config.data.packing),
         **trained,
     }
     return open_run(
@@ -267,11 +269,18 @@ def train(
     requests = MicroBatches(
         order, range(run.first_step, steps), config.data.micro_batch, processes.world, processes.rank
     )
-    trainer.train(training_batches(clips, requests, pin_memory=processes.device.type == "cuda"), run.state["stage"])
+    trainer.train(batches_of(clips, requests, pin_memory=processes.device.type == "cuda"), run.state["stage"])
     if run.first_step >= steps:  # the last attempt ended between its last checkpoint and the export
         export(model)
     run.stop.abandon_forward(model, processes, "after its last step, which is saved")
     return model
+
+
+def batches_of(clips: TrainingClips, requests: MicroBatches, pin_memory: bool) -> Iterator[Batch | PackedBatch]:
+    """Yields the rank's micro-batches, packed where the clips are."""
+    if isinstance(clips, PackedTrainingClips):
+        return packed_batches(clips, requests, pin_memory)
+    return training_batches(clips, requests, pin_memory)
 
 
 def summarise(run: Run, steps: int) -> dict[str, Any]:

@@ -36,3 +36,19 @@ def other_shards(tmp_path_factory) -> Path:
         make_video(folder / "videos" / f"other-{number}.mp4", frames=15, seed=50 + number)
     pack(PackConfig(source=str(folder / "videos"), out=str(folder / "shards"), samples_per_shard=3, jobs=1))
     return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def sized_shards(tmp_path_factory) -> Path:
+    """A folder of three shards: 12 labelled videos of two classes, of nine sizes and 1 to 24 frames."""
+    from pretrain.data.pack import PackConfig, pack
+
+    folder = tmp_path_factory.mktemp("sized-shards")
+    sizes = [(48, 64), (64, 48), (32, 32), (40, 96), (24, 24), (48, 48), (64, 64), (20, 60), (56, 40)]
+    lengths = [1, 3, 5, 9, 16, 24]
+    for number in range(12):
+        height, width = sizes[number % len(sizes)]
+        path = folder / "videos" / f"{'jump' if number % 2 else 'run'}/{number}.mp4"
+        make_video(path, frames=lengths[number % len(lengths)], height=height, width=width, seed=number)
+    pack(PackConfig(source=str(folder / "videos"), out=str(folder / "shards"), samples_per_shard=4, jobs=1))
+    return folder / "shards"

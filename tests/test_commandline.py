@@ -49,6 +49,20 @@ def test_a_command_line_that_cannot_be_parsed_is_told_by_rank_0(rank, capsys):
     assert ("did you mean steps?" in capsys.readouterr().err) == (rank == 0)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--data.packing.grup", "4"], "data.packing.grup: there is no such field; did you mean data.packing.group?"),
+        (["--data.packing.zzz", "4"], "data.packing.zzz: there is no such field; its fields are group, tokens, aspect"),
+        (["--data.packing.group", "2.5"], "data.packing.group: expected int, got 2.5"),
+    ],
+)
+def test_a_wrong_field_of_a_group_that_may_be_null_is_told_by_its_own_name(arguments, said):
+    with pytest.raises(Refused) as refused:
+        parse(PretrainConfig, "pretrain", arguments)
+    assert str(refused.value) == said
+
+
 def test_a_full_disk_ends_any_command_with_one_line_and_2(capsys):
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/out/evaluation.json")
     said = "tubelet: /out/evaluation.json: no space left on the disk; free some and start again\n"

@@ -90,10 +90,9 @@ def test_the_tests_that_the_readme_names_as_proofs_are_there():
 
 def test_the_model_touches_no_files_and_no_processes():
     forbidden = {"os", "pathlib", "subprocess", "multiprocessing", "threading", "shutil", "socket", "tempfile"}
-    for path in (ROOT / "pretrain/model").glob("*.py"):
-        if not path.stem.startswith("conver"):  # converting weights reads files
-            roots = {name.split(".")[0] for name in imported_by(path)}
-            assert not roots & forbidden, f"{path} imports {roots & forbidden}"
+    for path in (ROOT / "pretrain/model").rglob("*.py"):
+        roots = {name.split(".")[0] for name in imported_by(path)}
+        assert not roots & forbidden, f"{path} imports {roots & forbidden}"
 
 
 def modules_after(statement: str, but_for: str = "set()") -> set[str]:
@@ -105,7 +104,7 @@ def modules_after(statement: str, but_for: str = "set()") -> set[str]:
 
 def test_the_model_is_imported_without_data_engine_deepspeed_or_wandb():
     """Apart from what timm imports by itself: it takes wandb where that is installed."""
-    names = [module_name(path) for path in (ROOT / "pretrain/model").glob("*.py")]
+    names = [module_name(path) for path in (ROOT / "pretrain/model").rglob("*.py")]
     loaded = modules_after(f"import timm.layers; alone = set(sys.modules); import {', '.join(names)}", "alone")
     assert set(names) <= loaded
     unwanted = ("pretrain.data", "pretrain.engine", "finetune", "launch", "deepspeed", "wandb", "accelerate", "decord")

@@ -68,6 +68,16 @@ class ClipConfig:
         if not all(0 < deviation < math.inf for deviation in self.std):
             raise Refused("data.clip.std must be three finite numbers greater than 0")
 
+    def step(self, stored_rate: float) -> float:
+        """Returns the distance of the clip's frames in stored frames, of which there are `stored_rate` in a second."""
+        step = self.stride if self.frame_rate is None else stored_rate / self.frame_rate
+        assert step is not None, "a valid configuration gives one of the two"
+        return step
+
+    def frames_of(self, frames: int, stored_rate: float) -> int:
+        """Returns how many frames a sample of `frames` stored ones has for clips: the most that are not padded."""
+        return math.ceil((frames - 0.5) / self.step(stored_rate))
+
 
 def frame_indices(config: ClipConfig, frames: int, stored_rate: float, moment: float) -> tuple[np.ndarray, bool]:
     """Chooses the stored frames of a clip.
@@ -82,8 +92,7 @@ def frame_indices(config: ClipConfig, frames: int, stored_rate: float, moment: f
         `(config.frames,)` ascending frame numbers, and whether the sample was too short, in which case its last frame
         is repeated.
     """
-    step = config.stride if config.frame_rate is None else stored_rate / config.frame_rate
-    assert step is not None, "a valid configuration gives one of the two"
+    step = config.step(stored_rate)
     span = (config.frames - 1) * step
     room = frames - 1 - span
     first = min(int(moment * (int(room) + 1)), int(room)) if room > 0 else 0
@@ -108,25 +117,26 @@ def view_box(height: int, width: int, view: int, views: int) -> Box:
     return round((height - side) * share), round((width - side) * share), side, side
 
 
-def cut(frames: torch.Tensor, box: Box, size: int, mirror: bool = False) -> torch.Tensor:
+def cut(frames: torch.Tensor, box: Box, size: int | tuple[int, int], mirror: bool = False) -> torch.Tensor:
     """Crops, resizes (bilinear, antialiased) and mirrors frames.
 
     Args:
         frames: `(T, H, W, 3)` uint8.
         box: The crop.
-        size: Height and width of the result in pixels.
+        size: Height and width of the result in pixels, one number where they are the same.
         mirror: Exchange left and right.
 
     Returns:
         `(T, size, size, 3)` uint8, contiguous, in memory of its own.
     """
     top, left, height, width = box
+    shape = (size, size) if isinstance(size, int) else size
     frames = frames[:, top : top + height, left : left + width]
-    if (height, width) == (size, size) and not mirror:
+    if (height, width) == shape and not mirror:
         return frames.clone(memory_format=torch.contiguous_format)
     frames = frames.permute(0, 3, 1, 2)
-    if (height, width) != (size, size):
-        frames = functional.interpolate(frames, (size, size), mode="bilinear", antialias=True)
+    if (height, width) != shape:
+        frames = functional.interpolate(frames, shape, mode="bilinear", antialias=True)
     if mirror:
         frames = frames.flip(-1)
     return frames.permute(0, 2, 3, 1).contiguous()

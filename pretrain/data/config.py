@@ -7,6 +7,7 @@ from typing import Literal
 from pretrain.data.clips import ClipConfig
 from pretrain.data.decode_client import DECODE_LIMIT_S, refuse_decode_limit
 from pretrain.data.quarantine import read_quarantine
+from pretrain.data.sequence_plan import PackingConfig
 from pretrain.data.shard_cache import CacheConfig
 from pretrain.data.video import DecoderName
 from pretrain.errors import Refused
@@ -24,6 +25,8 @@ class DataConfig:
     """Where shards from URLs are kept."""
     clip: ClipConfig = dataclasses.field(default_factory=ClipConfig)
     """How a clip is cut from a sample."""
+    packing: PackingConfig | None = None
+    """Clips of any size packed into sequences (NaViT); None cuts all clips to one size."""
     repeats: int = 1
     """Clips cut from each sample, with other crops and masks (repeated augmentation)."""
     time_windows: Literal["shared", "own"] = "shared"
@@ -70,6 +73,8 @@ class DataConfig:
             raise Refused(f"data.workers: {self.workers} must not be negative")
         if not 0 <= self.max_bad_share <= 1:
             raise Refused(f"data.max_bad_share: {self.max_bad_share} must lie between 0 and 1")
+        if self.packing is not None:
+            self.packing.validate(self.micro_batch)
         self.cache.validate()
         refuse_decode_limit("data.decode_limit_s", self.decode_limit_s)
         read_quarantine(self.quarantine)

@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader, Dataset
 from pretrain.data.balanced import SampleOrder
 from pretrain.data.prefetch import prefetched
 from pretrain.data.processes import become_worker, fork_server
-from pretrain.data.shards import ShardSet
 from pretrain.data.training_clips import DRAWS, SUBSTITUTES, Costs, LoadedSample, LostSample, Request, TrainingClips
 from pretrain.errors import StoppedByRule, TubeletError
 
@@ -86,9 +85,14 @@ class MicroBatches:
         self.world = world
         self.rank = rank
 
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of one step."""
+        return self.order.global_batch // (self.world * self.micro_batch)
+
     def __len__(self) -> int:
         """Micro-batches that this rank reads."""
-        return len(self.steps) * (self.order.global_batch // (self.world * self.micro_batch))
+        return len(self.steps) * self.accumulation
 
     def __iter__(self) -> Iterator[list[Request]]:
         """Yields the requests of one micro-batch after the other."""
@@ -111,7 +115,7 @@ def training_batches(clips: TrainingClips, requests: MicroBatches, pin_memory: b
     with prefetched(clips.sets, requests) as followed:
         for batch in load_batches(clips, followed, clips.config.workers, _collate_unless_lost, pin_memory):
             if isinstance(batch, LostSample):
-                raise _no_substitute(clips.sets[batch.skipped[-1]["set"]], batch.skipped)
+                raise no_substitute(clips, batch)
             yield batch
 
 
@@ -121,7 +125,9 @@ def _collate_unless_lost(loaded: list[LoadedSample | LostSample]) -> Batch | Los
     return collate([one for one in loaded if isinstance(one, LoadedSample)])
 
 
-def _no_substitute(shards: ShardSet, skipped: list[dict]) -> NoSubstitute:
+def no_substitute(clips: TrainingClips, lost: LostSample) -> NoSubstitute:
+    """Returns the error that ends a run, after telling of each bad sample."""
+    shards, skipped = clips.sets[lost.skipped[-1]["set"]], lost.skipped
     reasons = {report["key"]: report["reason"] for report in skipped if not report.get("quarantined")}
     if not reasons:
         return NoSubstitute(

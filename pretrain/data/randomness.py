@@ -11,7 +11,9 @@ from typing import Literal
 
 import numpy as np
 
-Purpose = Literal["time", "crop", "flip", "augment", "mask", "decoder_mask", "substitute", "shards", "lane", "window"]
+Purpose = Literal[
+    "time", "crop", "flip", "augment", "mask", "decoder_mask", "drop", "substitute", "shards", "lane", "window"
+]
 
 
 def key_for(*parts: int | str) -> int:

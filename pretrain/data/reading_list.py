@@ -10,6 +10,8 @@ from typing import NamedTuple
 from pretrain.data.balanced import SampleOrder
 from pretrain.data.config import DataConfig
 from pretrain.data.loader import MicroBatches
+from pretrain.data.packed_clips import config_of_grid, grid_of_sample
+from pretrain.data.sequence_plan import Packing
 from pretrain.data.shards import ShardSet
 from pretrain.data.training_clips import Request, clip_frames, clip_key
 
@@ -50,6 +52,7 @@ def reading_list(
     world: int = 1,
     resumed_at: int = 0,
     masked: bool = True,
+    packing: Packing | None = None,
 ) -> Iterator[Reading]:
     """Yields the clips of a run in the order of steps, ranks and micro-batches.
 
@@ -63,6 +66,7 @@ def reading_list(
         world: Processes of the run.
         resumed_at: Steps done when the attempt started, since workers take micro-batches in turn from there on.
         masked: Whether the run draws masks.
+        packing: How its clips are packed, of which each has its own number of frames; None where all have one size.
 
     Raises:
         Refused: The index of a shard is missing or was changed.
@@ -78,14 +82,19 @@ def reading_list(
                 for request in requests:
                     place = order.place(request.set_number, request.position)
                     for repeat in range(config.repeats):
-                        key, clip_start = _clip_of(sets[request.set_number], config, order.seed, request, repeat)
+                        read_from = sets[request.set_number]
+                        key, clip_start = _clip_of(read_from, config, packing, order.seed, request, repeat)
                         mask_seed = f"{clip_key(order.seed, request, repeat, 'mask'):032x}" if masked else None
                         who = rank, worker, request.set_number
                         yield Reading(step, place, *who, request.epoch, key, repeat, clip_start, mask_seed)
 
 
-def _clip_of(shards: ShardSet, config: DataConfig, seed: int, request: Request, repeat: int) -> tuple[str, int]:
+def _clip_of(
+    shards: ShardSet, config: DataConfig, packing: Packing | None, seed: int, request: Request, repeat: int
+) -> tuple[str, int]:
     """Returns the key of a request's sample and the first stored frame of one of its clips."""
+    if packing is not None:
+        config = config_of_grid(config, packing, grid_of_sample(shards, request.sample, packing))
     shard, row = shards.locate(request.sample)
     index = shards.shard_index(shard)
     indices, _ = clip_frames(config, seed, request, repeat, index.frames[row], index.frame_rates[row])

@@ -6,7 +6,7 @@ All is a pure function of the request and the run's seed: which frames, crops an
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,12 +17,14 @@ from pretrain.data.config import DataConfig
 from pretrain.data.decode_client import open_video_apart
 from pretrain.data.quarantine import read_quarantine
 from pretrain.data.randomness import Purpose, raw_words, sample_key, uniform
-from pretrain.data.shards import ShardSet
+from pretrain.data.shards import Sample, ShardSet
 from pretrain.data.video import read_time_windows
 from pretrain.errors import BadSample
 
 MaskFunction = Callable[[int, int], tuple[np.ndarray, np.ndarray]]
 """From the keys of `mask` and `decoder_mask` to the visible and the masked token numbers of one clip."""
+
+Loaded = TypeVar("Loaded")
 
 SUBSTITUTES = 10  # tried in place of a bad sample; the run stops when all of them are bad too
 DRAWS = 1000  # for substitutes, of which those in quarantine are not tried
@@ -47,6 +49,8 @@ class Costs(NamedTuple):
         cut_s: Seconds of cutting clips and drawing masks.
         cache_hits: Reads of remote shards that the node's cache served.
         cache_misses: Reads that it had to fetch.
+        places: Places of packed sequences for the encoder's tokens.
+        tokens: Those that hold one.
     """
 
     read_s: float = 0.0
@@ -54,6 +58,8 @@ class Costs(NamedTuple):
     cut_s: float = 0.0
     cache_hits: int = 0
     cache_misses: int = 0
+    places: int = 0
+    tokens: int = 0
 
 
 class LoadedSample(NamedTuple):
@@ -126,9 +132,18 @@ class TrainingClips(Dataset):
 
     def __getitem__(self, request: Request) -> LoadedSample | LostSample:
         """Returns the R clips of a request, from a substitute where its sample is bad."""
+        return self.first_good(request, self._load)
+
+    def first_good(self, request: Request, load: "Load[Loaded]") -> Loaded | LostSample:
+        """Returns what `load` makes of a request's sample, or of the first of its substitutes that is good.
+
+        Args:
+            request: What is read.
+            load: From a sample's number, the request, the reports so far and a meter; raises `BadSample`.
+        """
         skipped: list[dict] = []
         shards = self.sets[request.set_number]
-        meter = _Meter(shards)
+        meter = Meter(shards)
         tried = 0
         for sample in self._candidates(request):
             if tried > SUBSTITUTES:
@@ -138,7 +153,7 @@ class TrainingClips(Dataset):
                 skipped.append({"key": shards.key(sample), "reason": QUARANTINED, **report, "quarantined": True})
                 continue
             try:
-                return self._load(sample, request, skipped, meter)
+                return load(sample, request, skipped, meter)
             except BadSample as error:
                 skipped.append({"key": shards.key(sample), "reason": str(error), **report})
                 tried += 1
@@ -149,23 +164,41 @@ class TrainingClips(Dataset):
         key = clip_key(self.seed, request, 0, "substitute")
         yield from (raw_words(key, DRAWS) % np.uint64(self.sets[request.set_number].samples)).tolist()
 
-    def _load(self, number: int, request: Request, skipped: list[dict], meter: "_Meter") -> LoadedSample:
-        repeats = range(self.config.repeats)
+    def _load(self, number: int, request: Request, skipped: list[dict], meter: "Meter") -> LoadedSample:
+        sample, shown, padded = self.decoded(number, request, self.config, meter)
+        with meter.timing("cut_s"):
+            clips = [self._cut(frames, request, repeat) for repeat, frames in enumerate(shown)]
+            visible, masked = self._masks(request)
+        label = -1 if sample.label is None else sample.label
+        return LoadedSample(clips, label, visible, masked, sample.key, padded, skipped, meter.costs())
+
+    def decoded(
+        self, number: int, request: Request, config: DataConfig, meter: "Meter"
+    ) -> tuple[Sample, list[torch.Tensor], bool]:
+        """Reads and decodes a sample.
+
+        Args:
+            number: The sample, which may be a substitute.
+            request: What is read.
+            config: Frames and repeats.
+            meter: Takes the time.
+
+        Returns:
+            The sample; the frames of each of its R clips, `(T, H, W, C)` uint8; and whether it was too short for them.
+
+        Raises:
+            BadSample: It cannot be decoded.
+        """
         with meter.timing("read_s"):
             sample = self.sets[request.set_number].read(number)
         windows = [
-            clip_frames(self.config, self.seed, request, repeat, sample.frames, sample.frame_rate) for repeat in repeats
+            clip_frames(config, self.seed, request, repeat, sample.frames, sample.frame_rate)
+            for repeat in range(config.repeats)
         ]
-        time_windows = [indices for indices, _ in windows]
         with meter.timing("decode_s"):
-            reader = open_video_apart(sample.video, self.config.decoder, self.config.decode_limit_s)
-            shown = [torch.from_numpy(frames) for frames in read_time_windows(reader, time_windows)]
-        with meter.timing("cut_s"):
-            clips = [self._cut(shown[repeat], request, repeat) for repeat in repeats]
-            visible, masked = self._masks(request)
-        label = -1 if sample.label is None else sample.label
-        padded = any(is_padded for _, is_padded in windows)
-        return LoadedSample(clips, label, visible, masked, sample.key, padded, skipped, meter.costs())
+            reader = open_video_apart(sample.video, config.decoder, config.decode_limit_s)
+            shown = read_time_windows(reader, [indices for indices, _ in windows])
+        return sample, [torch.from_numpy(frames) for frames in shown], any(is_padded for _, is_padded in windows)
 
     def _cut(self, frames: torch.Tensor, request: Request, repeat: int) -> torch.Tensor:
         clip = self.config.clip
@@ -187,16 +220,18 @@ class TrainingClips(Dataset):
         return visible, masked
 
 
-class _Meter:
+class Meter:
     """Sums up what one request costs."""
 
     def __init__(self, shards: ShardSet) -> None:
+        """Starts at nothing."""
         self.shards = shards
         self.seconds: dict[str, float] = {}
         self.cache_before = self._cache()
 
     @contextlib.contextmanager
     def timing(self, name: str) -> Iterator[None]:
+        """Adds the time inside to the seconds of this name in `Costs`."""
         started = time.perf_counter()
         try:
             yield
@@ -204,8 +239,13 @@ class _Meter:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
     def costs(self) -> Costs:
+        """Returns what was summed up."""
         hits, misses = (now - before for now, before in zip(self._cache(), self.cache_before, strict=True))
-        return Costs(**self.seconds, cache_hits=hits, cache_misses=misses)
+        read_s, decode_s, cut_s = (self.seconds.get(name, 0.0) for name in ("read_s", "decode_s", "cut_s"))
+        return Costs(read_s, decode_s, cut_s, hits, misses)
 
     def _cache(self) -> tuple[int, int]:
         return self.shards.cache_hits, self.shards.cache_misses
+
+
+Load = Callable[[int, Request, list[dict], Meter], Loaded]

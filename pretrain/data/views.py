@@ -1,7 +1,7 @@
 """The views of evaluation samples: time windows and crops of each, decoded once."""
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +13,9 @@ from pretrain.data.loader import load_batches
 from pretrain.data.shards import Sample, ShardSet
 from pretrain.data.video import DecoderName, VideoReader, open_video, read_time_windows
 from pretrain.errors import BadSample
+
+HELD_OUT_SET = 1  # the set number that keys the fixed masks of held-out clips
+Cut = TypeVar("Cut")
 
 
 class Views(NamedTuple):
@@ -112,9 +115,9 @@ def _cut_views(reader: VideoReader, frame_rate: float, config: ClipConfig, tempo
 
 
 def evaluation_batches(
-    views: EvaluationViews, numbers: np.ndarray, counted: np.ndarray, samples_per_batch: int, workers: int
-) -> Iterable[list[Views]]:
-    """Returns an iterable of lists of views, each sample once, in the order of `numbers`."""
+    views: Dataset[Cut], numbers: np.ndarray, counted: np.ndarray, samples_per_batch: int, workers: int
+) -> Iterable[list[Cut]]:
+    """Returns an iterable of lists of what `views` gives of samples, each sample once, in the order of `numbers`."""
     items = list(zip(numbers.tolist(), counted.tolist(), strict=True))
     batches = [items[start : start + samples_per_batch] for start in range(0, len(items), samples_per_batch)]
     return load_batches(views, batches, workers, list, pin_memory=False)

@@ -129,6 +129,10 @@ class Processes:
         torch.distributed.all_gather(gathered, values, group=self._messages)
         return torch.stack(gathered)
 
+    def sum(self, values: Tensor) -> Tensor:
+        """Returns the sum of a tensor over all processes, on the device and without waiting for it."""
+        return self.accelerator.reduce(values, reduction="sum")
+
     def gather_objects(self, value: Any) -> list[Any]:
         """Returns the objects of all ranks, on every rank."""
         if self.world == 1:

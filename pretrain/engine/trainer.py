@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 
 FEW_SAMPLES = 10  # bad samples that are always forgiven, so that the share means something in a short run
 
-LOADER_COSTS = ("read_s", "decode_s", "cut_s", "cache_hits", "cache_misses")
-"""What a batch tells of its loading: seconds, and reads of remote shards."""
+LOADER_COSTS = ("read_s", "decode_s", "cut_s", "cache_hits", "cache_misses", "places", "tokens")
+"""What a batch tells of its loading: seconds, reads of remote shards, and places and tokens of packed sequences."""
 
 Objective = Callable[[nn.Module, Any], Tensor]
 """From the prepared model and a batch on the device to the mean loss of its clips."""
@@ -399,11 +399,12 @@ def _count_skipped(reports: list[dict[str, Any]]) -> tuple[int, int]:
 
 
 def _loader_shares(costs: list[float]) -> dict[str, float]:
-    """Returns what share of the loader's time reading and decoding took, and of remote reads the cache served."""
-    read_s, decode_s, cut_s, hits, misses = costs
+    """Returns shares: of the loader's time, of remote reads, and of the places of packed sequences."""
+    read_s, decode_s, cut_s, hits, misses, places, tokens = costs
     loading_s, remote_reads = read_s + decode_s + cut_s, hits + misses
     shares = {"read_share": read_s / loading_s, "decode_share": decode_s / loading_s} if loading_s > 0 else {}
-    return shares | ({"cache_hit_share": hits / remote_reads} if remote_reads > 0 else {})
+    shares |= {"cache_hit_share": hits / remote_reads} if remote_reads > 0 else {}
+    return shares | ({"utilisation": tokens / places} if places > 0 else {})
 
 
 def seed_draws(seed: int, step: int, rank: int, micro_batch: int) -> None:

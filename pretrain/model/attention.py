@@ -14,6 +14,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 BiasName = Literal["query_value", "all"]
 
+QK_NORM_EPS = 1e-6
+
 
 class Rotary(NamedTuple):
     """Cosines and sines `(B or 1, 1, N, D / Hd)` by which queries and keys are turned."""
@@ -37,9 +39,17 @@ class Attention(nn.Module):
         biases: `query_value` as in VideoMAE and BEiT, where keys have no bias since softmax does not see it, or `all`
             as in ViT.
         qk_norm: Normalise queries and keys in each head (arXiv 2302.05442).
+        norm_eps: What that adds to the variance.
     """
 
-    def __init__(self, width: int, heads: int, biases: BiasName = "query_value", qk_norm: bool = False) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        biases: BiasName = "query_value",
+        qk_norm: bool = False,
+        norm_eps: float = QK_NORM_EPS,
+    ) -> None:
         """Creates one projection for queries, keys and values, and the output projection."""
         super().__init__()
         self.heads = heads
@@ -47,8 +57,8 @@ class Attention(nn.Module):
         self.query_bias = nn.Parameter(torch.zeros(width))
         self.key_bias = nn.Parameter(torch.zeros(width)) if biases == "all" else None
         self.value_bias = nn.Parameter(torch.zeros(width))
-        self.query_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
-        self.key_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
+        self.query_norm = nn.LayerNorm(width // heads, eps=norm_eps) if qk_norm else nn.Identity()
+        self.key_norm = nn.LayerNorm(width // heads, eps=norm_eps) if qk_norm else nn.Identity()
         self.projection = nn.Linear(width, width)
 
     def forward(
@@ -116,13 +126,20 @@ class AxialAttention(Attention):
         space_heads: How many of them look within a slot.
         biases: As for `Attention`.
         qk_norm: As for `Attention`.
+        norm_eps: As for `Attention`.
     """
 
     def __init__(
-        self, width: int, heads: int, space_heads: int, biases: BiasName = "query_value", qk_norm: bool = False
+        self,
+        width: int,
+        heads: int,
+        space_heads: int,
+        biases: BiasName = "query_value",
+        qk_norm: bool = False,
+        norm_eps: float = QK_NORM_EPS,
     ) -> None:
         """Creates the projections of `Attention`, no more and no others."""
-        super().__init__(width, heads, biases, qk_norm)
+        super().__init__(width, heads, biases, qk_norm, norm_eps)
         self.space_heads = space_heads
 
     def forward(  # type: ignore[override]

@@ -70,11 +70,11 @@ class BlockConfig:
 
     def attention(self) -> Attention:
         """Returns a new attention layer."""
-        return Attention(self.width, self.heads, self.biases, self.qk_norm)
+        return Attention(self.width, self.heads, self.biases, self.qk_norm, self.norm_eps)
 
     def axial_attention(self, space_heads: int) -> AxialAttention:
         """Returns a new attention layer along the axes of the token grid."""
-        return AxialAttention(self.width, self.heads, space_heads, self.biases, self.qk_norm)
+        return AxialAttention(self.width, self.heads, space_heads, self.biases, self.qk_norm, self.norm_eps)
 
     def mlp(self) -> Mlp:
         """Returns a new MLP."""

@@ -125,7 +125,7 @@ def test_an_unmixed_clip_is_normalised_as_the_encoder_normalises_it():
     ("option", "value", "message"),
     [
         ("--architecture.width", "64", "architecture.width: is 64, but the encoder in"),
-        ("--data.clip.frames", "8", "data.clip.frames: is 8, but the encoder in"),
+        ("--data.clip.frames", "7", "data.clip.frames: 7 frames do not divide into tubelets of 2"),
         ("--data.clip.mean", "[0.1,0.1,0.1]", "data.clip.mean: is (0.1, 0.1, 0.1), but the encoder in"),
         ("--data.micro_batch", "1", "data.micro_batch: mixup pairs a micro-batch's samples, and 1 is odd"),
         ("--architecture.drop_path", "0.1", "architecture.drop_path: is not read in finetuning; give drop_path"),
