@@ -18,7 +18,6 @@ seconds after: there a step and its checkpoint must fit into 30 seconds. They en
 run says stands in `outcome.json` alone.
 """
 
-import contextlib
 import dataclasses
 import faulthandler
 import logging
@@ -27,7 +26,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -36,11 +35,11 @@ from torch import Tensor, nn
 
 from pretrain.engine.distributed import Processes
 from pretrain.engine.progress import on_terminal
+from pretrain.engine.signals import STOP_SIGNALS
 from pretrain.errors import Interrupted, Preempted, Refused
 
 logger = logging.getLogger(__name__)
 
-STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 TERMINAL_SIGNALS = (signal.SIGINT, signal.SIGTSTP)
 REPEATED_S = 1.0
 """A signal so soon after another is the same one, heard again through the launcher or the process group."""
@@ -195,19 +194,6 @@ class StopRequests:
                 logger.warning("%s: the run saves and ends as soon as it can; a second signal ends it at once", name)
             elif time.monotonic() - first_s >= REPEATED_S:
                 _end_at_once(number)
-
-
-@contextlib.contextmanager
-def signals_held_back() -> Iterator[None]:
-    """Lets processes that are started inside inherit that the signals which stop a run are blocked.
-
-    What starts so lives on when SLURM signals all processes of a job step, unless it takes the signals itself.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _do_nothing(number: int, frame: FrameType | None) -> None:

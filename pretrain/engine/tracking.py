@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pretrain.engine.preemption import signals_held_back
+from pretrain.engine.signals import signals_held_back
 from pretrain.errors import DiskFull, TubeletError
 from pretrain.files import is_out_of_space, replacing, write_text
 

@@ -12,7 +12,7 @@ import pytest
 
 from launch.cli import main
 from pretrain.engine.checkpoint import step_folders, verify
-from pretrain.engine.preemption import STOP_SIGNALS
+from pretrain.engine.signals import STOP_SIGNALS
 from pretrain.engine.tracking import read_metrics
 from tests.runs import TINY, TINY_ENCODER, Started, run, start, tiny_pretraining
 

@@ -11,7 +11,6 @@ import torch
 from pretrain.engine.preemption import (
     END_MARGIN_S,
     JOB_END,
-    STOP_SIGNALS,
     TIME_LIMIT,
     Cause,
     StoppingConfig,
@@ -19,6 +18,7 @@ from pretrain.engine.preemption import (
     first_cause,
     job_end,
 )
+from pretrain.engine.signals import STOP_SIGNALS
 from pretrain.errors import Refused
 
 
