@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint bench bench-data clean
+.PHONY: help demo test lint bench bench-model bench-data clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,11 +26,13 @@ lint: .venv/installed ## check the code with ruff and mypy
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: .venv/installed ## measure against peers, as ratios, and the order of samples at scale
-	@$(BIN)/python -m tests.benchmarks.mae_step
+bench: bench-model ## measure against peers, as ratios, and the order of samples at scale
 	@$(BIN)/python -m tests.benchmarks.decode
 	@$(BIN)/python -m tests.benchmarks.decode_child
 	@$(BIN)/python -m tests.benchmarks.order_scale
+
+bench-model: .venv/installed ## measure a pretraining step against transformers, and the encoders; some minutes
+	@$(BIN)/python -m tests.benchmarks.model_step
 
 bench-data: .venv/installed ## measure the data path and what sets its speed, as ratios; some minutes
 	@$(BIN)/python -m tests.benchmarks.data_path

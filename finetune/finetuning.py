@@ -239,12 +239,18 @@ def mix(mixup: Mixup, batch: Batch, clip: ClipConfig) -> tuple[Tensor, Tensor]:
     Returns:
         Normalised float clips `(B, T, H, W, C)` and soft targets `(B, classes)`.
     """
-    mean, std = (torch.tensor(part, device=batch.clips.device) for part in (clip.mean, clip.std))
+    mean, std = (colour_constants(part, batch.clips.device) for part in (clip.mean, clip.std))
     normalised = (batch.clips.float() / 255 - mean) / std
     B, T, H, W, C = normalised.shape
     images = normalised.permute(0, 1, 4, 2, 3).reshape(B, T * C, H, W)
     mixed, targets = mixup(images, batch.labels)
     return mixed.view(B, T, C, H, W).permute(0, 1, 3, 4, 2).contiguous(), targets
+
+
+@functools.cache
+def colour_constants(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Returns a constant for each colour channel on the device; it is copied there once, since a copy waits for it."""
+    return torch.tensor(values, device=device)
 
 
 def accuracy_on(

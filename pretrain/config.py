@@ -65,6 +65,10 @@ class RunConfig:
     """auto goes on from the newest checkpoint, never starts afresh, a folder names a checkpoint."""
     precision: Precision = "bf16"
     """Arithmetic of the forward and backward pass; fp16 needs a GPU."""
+    compile: bool = False
+    """Compile the model with torch.compile: faster steps after some minutes; needs triton on a GPU, g++ on a CPU."""
+    activation_checkpointing: bool = False
+    """Keep only the input of each block and compute the rest again in the backward pass: less memory, slower steps."""
     deepspeed: str | None = None
     """DeepSpeed configuration: a name in configs/deepspeed, or a file; None is plain data parallelism."""
     tracking: TrackingMode = "auto"

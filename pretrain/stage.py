@@ -21,6 +21,7 @@ from pretrain.data.randomness import seed_of_set
 from pretrain.data.shard_cache import CacheConfig
 from pretrain.data.shards import ShardSet
 from pretrain.data.training_clips import TrainingClips
+from pretrain.engine.compiler import refuse_divided_weights, refuse_without_compiler
 from pretrain.engine.distributed import Processes, launched_world
 from pretrain.engine.optimizer import build_optimizer, build_schedule
 from pretrain.engine.progress import set_up_logging
@@ -28,6 +29,7 @@ from pretrain.engine.run import KEYS, SKIPPED, Run, open_run
 from pretrain.engine.tracking import METRICS, read_metrics
 from pretrain.engine.trainer import Objective, Plan, Trainer, Validation
 from pretrain.errors import Refused
+from pretrain.model.blocks import recompute_activations
 from pretrain.report import Figure, curves
 
 logger = logging.getLogger(__name__)
@@ -120,10 +122,18 @@ def validate(config: RunConfig) -> None:
 
 
 def start_processes(config: RunConfig) -> Processes:
-    """Joins the other processes of the run; raises `Refused` if the batch does not divide among them."""
+    """Joins the other processes of the run.
+
+    Raises:
+        Refused: The batch does not divide among them, or the model shall be compiled where it cannot be.
+    """
     with met_by_every_rank():
         accumulation = config.accumulation(launched_world())
         deepspeed = find_recipe(config.deepspeed, "deepspeed", ".json") if config.deepspeed else None
+        if config.compile and deepspeed:
+            refuse_divided_weights(deepspeed)
+    if config.compile:
+        refuse_without_compiler()
     processes = Processes(
         config.precision, accumulation, config.data.micro_batch, config.optimizer.clip_grad, deepspeed
     )
@@ -227,6 +237,10 @@ def train(
     processes = run.processes
     accumulation = config.accumulation(processes.world)
     batch = order.global_batch
+    if config.activation_checkpointing:
+        recompute_activations(model)
+    if config.compile:
+        model.compile()  # in place, which leaves all names as they are
     optimizer = build_optimizer(model, config.optimizer, batch)
     schedule = build_schedule(optimizer, config.optimizer, batch, config.optimizer.warmup(order.steps_per_epoch), steps)
     model, optimizer = processes.prepare(model, optimizer)

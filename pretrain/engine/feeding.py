@@ -1,11 +1,13 @@
-"""Handing batches to the device: on a GPU each one is copied while the step before it computes.
+"""Handing batches to the device and taking figures from it, without waiting for either.
+
+On a GPU each batch is copied while the step before it computes.
 
 The copy runs on a stream of its own, from the pinned memory in which the loader leaves a batch, and the step waits for
 it on the device, never on the CPU. One batch is taken ahead and no more: what a run has consumed is counted in steps,
 so a batch that was taken and not trained on is read again after resuming.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -42,6 +44,26 @@ def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
         ready = following
     if error:
         raise error
+
+
+def begin_reading(*figures: Tensor | float) -> Callable[[], list[float]]:
+    """Begins to copy scalars to the host.
+
+    Returns:
+        A function that waits for this copy, and not for what the device was given to do since, and returns the values.
+    """
+    copies = [
+        figure.detach().to("cpu", non_blocking=True) if isinstance(figure, Tensor) else figure for figure in figures
+    ]
+    on_gpu = [figure.device for figure in figures if isinstance(figure, Tensor) and figure.is_cuda]
+    arrived = torch.cuda.current_stream(on_gpu[0]).record_event() if on_gpu else None
+
+    def read() -> list[float]:
+        if arrived is not None:
+            arrived.synchronize()
+        return [float(copy) for copy in copies]
+
+    return read
 
 
 def _copied_ahead(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:

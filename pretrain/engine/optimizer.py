@@ -77,7 +77,8 @@ class OptimizerConfig:
 def build_optimizer(model: nn.Module, config: OptimizerConfig, global_batch: int) -> torch.optim.AdamW:
     """Returns AdamW over timm's groups: with and without decay, and by layer if `config.layer_decay` is set.
 
-    With layer decay, `model` needs a `group_matcher(coarse)` that returns a function from parameter names to layers.
+    One kernel updates all parameters of a group. With layer decay, `model` needs a `group_matcher(coarse)` that returns
+    a function from parameter names to layers.
     """
     # timm knows vectors by one dimension; class and mask tokens have leading ones.
     vectors = [name for name, parameter in model.named_parameters() if parameter.squeeze().ndim <= 1]
@@ -87,9 +88,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, global_batch: int
         groups = param_groups_layer_decay(
             model, config.weight_decay, no_weight_decay_list=vectors, layer_decay=config.layer_decay
         )
-    return torch.optim.AdamW(
-        groups, lr=config.learning_rate(global_batch), betas=config.betas, eps=config.eps, weight_decay=0.0
-    )
+    rate = config.learning_rate(global_batch)
+    return torch.optim.AdamW(groups, lr=rate, betas=config.betas, eps=config.eps, weight_decay=0.0, fused=True)
 
 
 def build_schedule(

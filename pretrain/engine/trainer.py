@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pretrain.engine.checkpoint import Checkpoints
 from pretrain.engine.distributed import Processes
-from pretrain.engine.feeding import on_device
+from pretrain.engine.feeding import begin_reading, on_device
 from pretrain.engine.preemption import Cause, StopRequests, first_cause
 from pretrain.engine.progress import Progress
 from pretrain.engine.tracking import Tracker, read_metrics
@@ -83,8 +83,7 @@ class _StepRecord(NamedTuple):
     """What is known of a step when the next one starts; the loss may still be on its way from the device."""
 
     step: int
-    loss: Tensor
-    gradient_norm: Any
+    loss_and_norm: Callable[[], list[float]]
     learning_rate: float
     seconds: float
     data_wait_s: float
@@ -253,8 +252,7 @@ class Trainer:
             loss_sum += loss.detach().float()
         return _StepRecord(
             step=step,
-            loss=loss_sum / self.plan.accumulation,
-            gradient_norm=gradient_norm,
+            loss_and_norm=begin_reading(loss_sum / self.plan.accumulation, gradient_norm),
             learning_rate=max(group["lr"] for group in self.optimizer.param_groups),
             seconds=self._seconds_since_last(),
             data_wait_s=data_wait_s,
@@ -272,7 +270,8 @@ class Trainer:
 
     def _settle(self, record: _StepRecord, progress: Progress) -> None:
         """Gathers a step's figures from all ranks, stops the run if they ask for it, and logs them."""
-        own = [record.loss.item(), record.data_wait_s, record.seconds, memory_gib(self.processes.device)]
+        own_loss, gradient_norm = record.loss_and_norm()
+        own = [own_loss, record.data_wait_s, record.seconds, memory_gib(self.processes.device)]
         counts = [record.padded, len(record.skipped), self._failure is not None, self.stop.code]
         gathered = self.processes.gather(torch.tensor([*own, *counts, *record.costs], dtype=torch.float64))
         loss, data_wait_s, seconds, memory, padded, skipped, failed, stops, *costs = gathered.unbind(1)
@@ -293,7 +292,7 @@ class Trainer:
         figures = {
             "loss": float(loss.mean()),
             "learning_rate": record.learning_rate,
-            "gradient_norm": float(record.gradient_norm),
+            "gradient_norm": gradient_norm,
             "clips_per_second": clips_per_second,
             "data_wait_s": float(data_wait_s.mean()),
             "data_wait_max_s": float(data_wait_s.max()),

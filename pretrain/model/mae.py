@@ -12,13 +12,14 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask
 
 from pretrain.errors import Refused
 from pretrain.model.blocks import LAYER_NORM_EPS, Block, BlockConfig, CrossBlock, initialise, stack
 from pretrain.model.encoder import Encoded, Encoder, refuse_below_one
 from pretrain.model.positions import PositionEmbedding, fixed_kind
-from pretrain.model.tubelets import Grid, cut_tubelets, take_tokens
+from pretrain.model.tubelets import Grid, take_tubelets
 
 TargetName = Literal["normalised", "normalised_whole", "pixels"]
 
@@ -105,7 +106,7 @@ class MaskedAutoencoder(nn.Module):
             masked: `(B, Nm)` ascending numbers of the tokens to reconstruct.
         """
         prediction = self.decode(self.encoder(clips, visible, self.visible_slots), visible, masked)
-        error = (prediction.float() - self.targets(clips, masked)).square()
+        error = functional.mse_loss(prediction.float(), self.targets(clips, masked), reduction="none")
         return Reconstruction(error.mean((1, 2)), prediction)
 
     def decode(self, encoded: Encoded, visible: Tensor, masked: Tensor) -> Tensor:
@@ -145,16 +146,16 @@ class MaskedAutoencoder(nn.Module):
 
     def targets(self, clips: Tensor, masked: Tensor) -> Tensor:
         """Returns `(B, Nm, P)`, the values that the decoder should predict."""
-        return self.targets_of(take_tokens(cut_tubelets(clips, self.encoder.config.tubelet), masked), clips.shape[-1])
+        return self.targets_of(take_tubelets(clips, masked, self.encoder.config.tubelet), clips.shape[-1])
 
     def targets_of(self, tubelets: Tensor, channels: int) -> Tensor:
         """Returns what to predict of uint8 tubelets `(..., P)` with so many colour channels: floats `(..., P)`."""
-        pixels = tubelets.float() / 255
+        levels = tubelets.float()  # 0 to 255, 255 times the pixels of whose deviation the published eps tells
         if self.config.targets == "pixels":
-            return pixels
+            return levels / 255
         if self.config.targets == "normalised_whole":
-            variance, mean = torch.var_mean(pixels, -1, keepdim=True)
-            return (pixels - mean) / (variance + TARGET_EPS).sqrt()
-        pixels = pixels.unflatten(-1, (-1, channels))  # (..., t * h * w, C)
-        deviation, mean = torch.std_mean(pixels, -2, keepdim=True)
-        return ((pixels - mean) / (deviation + TARGET_EPS)).flatten(-2)
+            variance, mean = torch.var_mean(levels, -1, keepdim=True)
+            return (levels - mean) / (variance + 255**2 * TARGET_EPS).sqrt()
+        levels = levels.unflatten(-1, (-1, channels))  # (..., t * h * w, C)
+        deviation, mean = torch.std_mean(levels, -2, keepdim=True)
+        return ((levels - mean) / (deviation + 255 * TARGET_EPS)).flatten(-2)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pretrain.model.attention import Rotary
-from pretrain.model.tubelets import Grid, take_tokens
+from pretrain.model.tubelets import Grid
 
 PositionName = Literal["sincos", "sincos_3d", "learned", "separable", "factorised", "spatial", "rotary"]
 
@@ -115,7 +115,8 @@ class PositionEmbedding(nn.Module):
         """Returns tokens `(B, K, D)` with positions added: of `numbers` `(B, K)`, or of 0 .. K - 1."""
         if self.kind == "rotary":
             return tokens
-        return tokens + (self.whole() if numbers is None else self.of(numbers))
+        embedded = self.whole() if numbers is None else self.of(numbers)
+        return tokens + embedded.to(tokens.dtype)  # DeepSpeed halves weights and leaves fixed tables as they are
 
     def whole(self) -> Tensor:
         """Returns the embeddings `(1, N, D)` of all tokens of a clip."""
@@ -130,7 +131,7 @@ class PositionEmbedding(nn.Module):
 
     def of(self, numbers: Tensor) -> Tensor:
         """Returns the embeddings `(B, K, D)` of token numbers `(B, K)`."""
-        return take_tokens(self.whole().expand(len(numbers), -1, -1), numbers)
+        return functional.embedding(numbers, self.whole().squeeze(0))
 
     def at(self, coordinates: Tensor) -> Tensor:
         """Returns the embeddings `(B, K, D)` of slots, rows and columns `(B, K, 3)`, for kinds that know them.

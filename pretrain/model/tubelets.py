@@ -61,6 +61,28 @@ def cut_tubelets(clips: Tensor, tubelet: tuple[int, int, int]) -> Tensor:
     return tubelets.reshape(B, (T // t) * (H // h) * (W // w), t * h * w * C)
 
 
+def take_tubelets(clips: Tensor, numbers: Tensor, tubelet: tuple[int, int, int]) -> Tensor:
+    """Cuts no more than some tubelets out of clips: the same as `take_tokens(cut_tubelets(clips, tubelet), numbers)`.
+
+    Args:
+        clips: `(B, T, H, W, C)`, any type.
+        numbers: `(B, K)` token numbers.
+        tubelet: Frames, height and width of a tubelet (t, h, w).
+
+    Returns:
+        `(B, K, P)`, values of a tubelet in the order (t, h, w, C).
+    """
+    B, T, H, W, C = clips.shape
+    t, h, w = tubelet
+    grid = grid_of(T, (H, W), tubelet)
+    slot, row, column = coordinates_of(numbers, grid).unbind(-1)
+    clip, frame, line = (torch.arange(length, device=clips.device) for length in (B, t, h))
+    # A tubelet is t * h lines of w pixels; a line's number counts those of all clips.
+    first = ((clip.unsqueeze(1) * T + slot * t) * H + row * h) * grid.columns + column  # (B, K)
+    lines = first.unsqueeze(-1) + ((frame.unsqueeze(1) * H + line) * grid.columns).flatten()  # (B, K, t * h)
+    return clips.reshape(-1, w * C).index_select(0, lines.flatten()).view(*numbers.shape, t * h * w * C)
+
+
 def take_tokens(tokens: Tensor, numbers: Tensor) -> Tensor:
     """Returns `tokens[b, numbers[b]]` for each clip: `(B, N, D)` and `(B, K)` give `(B, K, D)`."""
     return tokens.gather(1, numbers.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
@@ -107,8 +129,9 @@ class TubeletEmbedding(nn.Module):
         Returns:
             `(B, Nv, D)` or `(B, N, D)`.
         """
-        tubelets = cut_tubelets(clips, self.tubelet)
-        return self.embed(tubelets if visible is None else take_tokens(tubelets, visible))
+        if visible is None:
+            return self.embed(cut_tubelets(clips, self.tubelet))
+        return self.embed(take_tubelets(clips, visible, self.tubelet))
 
     def embed(self, tubelets: Tensor) -> Tensor:
         """Embeds tubelets `(..., P)`, uint8 or normalised floats, as `(..., D)`."""

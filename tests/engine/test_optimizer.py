@@ -1,5 +1,6 @@
 """The schedule as a pure function of the step, and which parameters decay."""
 
+import copy
 import itertools
 import math
 import random
@@ -81,6 +82,26 @@ def test_matrices_decay_and_biases_norms_and_tokens_do_not(name, layer_decay):
         is_vector = key.endswith("bias") or "norm" in key or "token" in key
         assert decays[id(parameter)] == (0.0 if is_vector else 0.3), key
     assert any("token" in key for key in named)
+
+
+def test_one_kernel_updates_as_the_plain_formula_does():
+    model = model_of()
+    optimizer = build_optimizer(model, OptimizerConfig(base_lr=1e-2), 256)
+    plain = copy.deepcopy(model)
+    groups = [group | {"params": [], "fused": False} for group in optimizer.param_groups]
+    twins = dict(zip(model.parameters(), plain.parameters(), strict=True))
+    for group, ours in zip(groups, optimizer.param_groups, strict=True):
+        group["params"] = [twins[parameter] for parameter in ours["params"]]
+    reference = torch.optim.AdamW(groups, lr=1e-2)
+    assert all(group["fused"] for group in optimizer.param_groups)
+    for _ in range(5):
+        for one, other in twins.items():
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        optimizer.step()
+        reference.step()
+    for one, other in twins.items():
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from launch.cli import main
 from pretrain.commandline import find_recipe
@@ -126,6 +127,21 @@ def trainer_of(out: Path, processes: Processes, objective, checkpoint_every: int
 
 def batches(skipped: list[dict]) -> list[Batch]:
     return [Batch(*[torch.zeros(1, 2)] * 4, keys=["a"], padded=0, skipped=skipped)] * 3
+
+
+def test_a_step_reads_no_value_from_the_device(tmp_path):
+    """Fake tensors have no values: forward, loss, backward, clipping and update must do without until it is settled."""
+    with Processes() as processes:
+        trainer = trainer_of(tmp_path, processes, lambda model, batch: model(batch.clips).square().mean())
+        trainer.plan = dataclasses.replace(trainer.plan, clip_grad=1.0)
+        with FakeTensorMode() as fake:
+            for group in trainer.optimizer.param_groups:
+                group["params"] = [fake.from_tensor(parameter) for parameter in group["params"]]
+            weight, bias = trainer.optimizer.param_groups[0]["params"]
+            trainer.model._parameters.update(weight=weight, bias=bias)
+            record = trainer._step(0, iter(batches([])))
+            with pytest.raises(DataDependentOutputException):
+                record.loss_and_norm()
 
 
 def test_weights_that_the_last_backward_pass_broke_are_never_saved_though_no_loss_shows_it_yet(tmp_path):

@@ -11,6 +11,7 @@ from pretrain.model.encoder import EncoderConfig
 from pretrain.model.encoders import ENCODERS, build_encoder
 from pretrain.model.mae import DecoderConfig, MaskedAutoencoder
 from pretrain.model.masking import MaskConfig, draw_mask
+from pretrain.model.positions import POSITIONS
 from pretrain.model.tubelets import cut_tubelets, take_tokens
 from tests.videos import moving_square
 
@@ -178,6 +179,23 @@ def test_the_loss_is_computed_in_full_precision_under_autocast():
         loss, prediction = model(clips, visible, masked)
     assert (loss.dtype, prediction.dtype) == (torch.float32, torch.bfloat16)
     torch.testing.assert_close(loss, model(clips, visible, masked).loss, atol=0.05, rtol=0.05)
+
+
+@NAMES
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_halved_weights_train_beside_fixed_tables_in_full_precision(name, positions):
+    """DeepSpeed puts parameters into bf16 and leaves buffers as they are."""
+    torch.manual_seed(0)
+    encoder = build_encoder(dataclasses.replace(ENCODER, name=name, positions=positions), FRAMES, SIZE)
+    model, clips = MaskedAutoencoder(encoder, DECODER), clips_of()
+    visible, masked = masks_of(model)
+    expected = model(clips, visible, masked).loss
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    loss, prediction = model(clips, visible, masked)
+    loss.mean().backward()
+    assert (loss.dtype, prediction.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(loss, expected, atol=0.05, rtol=0.05)
 
 
 @pytest.mark.parametrize("config", [DecoderConfig(width=33, heads=3), DecoderConfig(width=32, heads=3)])

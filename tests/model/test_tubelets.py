@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pretrain.model.tubelets import Grid, TubeletEmbedding, cut_tubelets, grid_of, take_tokens
+from pretrain.model.tubelets import Grid, TubeletEmbedding, cut_tubelets, grid_of, take_tokens, take_tubelets
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TUBELET = (2, 4, 8)
@@ -45,6 +45,15 @@ def test_clips_in_any_memory_layout_are_cut_alike():
     clips = clips_of()
     channels_first = clips.permute(0, 4, 1, 2, 3).contiguous()
     assert torch.equal(cut_tubelets(channels_first.permute(0, 2, 3, 4, 1), TUBELET), cut_tubelets(clips, TUBELET))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_tubelets_that_are_asked_for_are_those_of_all_tubelets(dtype):
+    clips, numbers = clips_of().to(dtype), torch.tensor([[0, 17, 4, 5, 5], [1, 2, 11, 16, 9]])
+    expected = take_tokens(cut_tubelets(clips, TUBELET), numbers)
+    assert torch.equal(take_tubelets(clips, numbers, TUBELET), expected)
+    channels_first = clips.permute(0, 4, 1, 2, 3).contiguous().permute(0, 2, 3, 4, 1)
+    assert torch.equal(take_tubelets(channels_first, numbers, TUBELET), expected)
 
 
 def test_taking_tokens_takes_each_clips_own():
