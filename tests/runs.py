@@ -43,6 +43,9 @@ def child(order):
     if order["sync_s"]:
         sync = os.fsync
         os.fsync = lambda descriptor: (time.sleep(order["sync_s"]), sync(descriptor))
+    if order["kill_at"] is not None:
+        import pathlib, tests.drills.kill_points
+        tests.drills.kill_points.install(order["kill_at"], pathlib.Path(order["output"]).with_suffix(".operations"))
     module = importlib.import_module({"launch": "launch.cli"}.get(order["module"], order["module"] + ".__main__"))
     sys.exit(module.main(order["arguments"]))
 
@@ -128,6 +131,7 @@ def start(
     environment: dict[str, str] | None = None,
     limit_bytes: int = 0,
     sync_s: float = 0,
+    kill_at: int | None = None,
 ) -> Started:
     """Starts `python -m MODULE ARGUMENTS` in `world` processes.
 
@@ -139,6 +143,7 @@ def start(
         environment: More variables.
         limit_bytes: Largest file that the processes may write; 0 for no limit.
         sync_s: Seconds that a slow disk takes to write a file through.
+        kill_at: At which of the file operations of its saves rank 0 kills itself, 0 for never; None watches none.
     """
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
     pids, outputs = [], []
@@ -153,6 +158,7 @@ def start(
             "output": str(output),
             "limit_bytes": limit_bytes,
             "sync_s": sync_s,
+            "kill_at": kill_at if rank == 0 else None,
         }
         output.touch()
         pids.append(_ask(order))

@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -24,6 +25,7 @@ LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "M
 SRUN_VARIABLES = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS"}
 PLUGIN_VARIABLES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
 SRUN_PORTS = range(20_000, 30_000)  # below those that Linux hands out by itself
+PATIENCE_S = 60.0  # far below what a process group lets a message wait
 Precision = Literal["fp32", "bf16", "fp16"]
 Result = TypeVar("Result")
 
@@ -160,6 +162,14 @@ class Processes:
             raise error or failure
         return result
 
+    def on_main_patiently(self, action: Callable[[], Result]) -> Result | None:
+        """Does what `on_main_only` does, for what takes longer than a message between processes may wait."""
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            future = pool.submit(action) if self.is_main else None
+            while not self.gather_objects(future is None or _is_over(future))[0]:
+                pass
+            return self.on_main_only(lambda: future.result())  # type: ignore[union-attr]
+
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
         """Wraps model and optimiser for this world; raises `TubeletError` if DeepSpeed sees another world."""
         model, optimizer = self.accelerator.prepare(model, optimizer)
@@ -192,6 +202,12 @@ class Processes:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _is_over(future: Future) -> bool:
+    """Waits a while for the end of a piece of work; returns whether it has come."""
+    wait([future], timeout=PATIENCE_S)
+    return future.done()
 
 
 def _message_group() -> torch.distributed.ProcessGroup:

@@ -50,6 +50,7 @@ class Plan:
 
     Attributes:
         first_step: Steps done already.
+        samples_read: Samples that these steps read.
         samples_padded: Samples that were too short for their time window in these steps.
         steps: Steps in the whole run.
         accumulation: Micro-batches in a step.
@@ -65,6 +66,7 @@ class Plan:
     """
 
     first_step: int
+    samples_read: int
     samples_padded: int
     steps: int
     accumulation: int
@@ -149,7 +151,7 @@ class Trainer:
         self.keys_path = keys_path
         self.stop = stop or StopRequests()
         self.watchdog = watchdog or Watchdog(0, skipped_path.parent, processes.rank, lambda reason: None)
-        self.samples_read = plan.first_step * plan.samples_per_step
+        self.samples_read = plan.samples_read
         self.samples_padded = plan.samples_padded
         before = processes.on_main(lambda: _count_skipped(read_metrics(skipped_path)))
         self.samples_skipped, self.samples_quarantined = before
@@ -210,7 +212,8 @@ class Trainer:
             return
         self.watchdog.expect(f"the checkpoint of step {done}", slow=True)
         self._check_before_saving(done)
-        state = self.state | {"samples_padded": self.samples_padded, "unvalidated": self._unvalidated}
+        counts = {"samples_read": self.samples_read, "samples_padded": self.samples_padded}
+        state = self.state | counts | {"unvalidated": self._unvalidated}
         self.checkpoints.save(done, self.model, self.optimizer, state)
         if self.on_checkpoint:
             self.on_checkpoint(self.model)
