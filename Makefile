@@ -4,10 +4,10 @@ PYTHON ?= python3
 N ?= 200
 BIN := .venv/bin
 
-.PHONY: help demo test drill lint bench bench-model bench-data clean
+.PHONY: help demo test test-cluster drill lint bench bench-model bench-data clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 .venv/installed: pyproject.toml
 	@test -d .venv || $(PYTHON) -m venv .venv
@@ -25,6 +25,9 @@ test: .venv/installed ## run the tests
 drill: .venv/installed ## kill runs N=200 times, mostly inside saves, and change worlds under every ZeRO stage; long
 	@$(BIN)/python -m tests.drills.kill_many --kills $(N)
 	@$(BIN)/python -m tests.drills.zero_worlds
+
+test-cluster: .venv/installed ## run the tests that need SLURM, on a cluster of two nodes that they start here
+	@$(BIN)/python -m pytest tests/cluster
 
 lint: .venv/installed ## check the code with ruff and mypy
 	@$(BIN)/ruff check .

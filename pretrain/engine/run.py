@@ -304,6 +304,8 @@ def _leave(lock: RunLock | None, folder: Path, code: int, reason: str, started: 
     with contextlib.suppress(OSError):  # a full disk must not hide why the run ended
         if lock is None or not lock.is_held():
             return
-        outcome = {"exit_code": code, "reason": reason, "attempt": lock.owner.attempt}
+        owner = lock.owner
+        outcome = {"exit_code": code, "reason": reason, "attempt": owner.attempt}
+        outcome |= {"job": owner.job, "restarts": owner.restarts}  # slurm/job.sh knows its own attempt by them
         write_json(folder / "outcome.json", outcome | {"seconds": round(time.time() - started, 1), "pid": os.getpid()})
         lock.release()
