@@ -93,7 +93,7 @@ class Attention(nn.Module):
         qkv = functional.linear(tokens, self.qkv.weight, torch.cat(self._biases()))
         # Three chunks and not one permutation: their gradients are put side by side in a single copy.
         query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in qkv.chunk(3, -1))
-        query, key = self.query_norm(query), self.key_norm(key)
+        query, key = self._normalised(query, key)
         if rotary is not None:
             query, key = rotary.turn(query), rotary.turn(key)
         return query, key, value
@@ -107,7 +107,11 @@ class Attention(nn.Module):
             functional.linear(tokens, weight, bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for tokens, weight, bias in zip(inputs, self.qkv.weight.chunk(3), self._biases(), strict=True)
         )
-        return self.query_norm(query), self.key_norm(key), value
+        return *self._normalised(query, key), value
+
+    def _normalised(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalises in each head; autocast would return full precision, which flex attention does not mix."""
+        return self.query_norm(query).to(query.dtype), self.key_norm(key).to(key.dtype)
 
     def _biases(self) -> tuple[Tensor, Tensor, Tensor]:
         key_bias = torch.zeros_like(self.query_bias) if self.key_bias is None else self.key_bias
@@ -212,10 +216,11 @@ def block_diagonal(query_segments: Tensor, key_segments: Tensor | None = None) -
         key_segments: `(B, Nk)` those of the keys; None for the same tokens.
 
     Returns:
-        On a GPU a `BlockMask`, whose empty blocks cost nothing; else booleans `(B, 1, Nq, Nk)`.
+        In a model that is compiled for a GPU a `BlockMask`, whose empty blocks cost nothing; else booleans
+        `(B, 1, Nq, Nk)`, since without compilation flex attention stores the scores of all heads.
     """
     keys = query_segments if key_segments is None else key_segments
-    if not query_segments.is_cuda:
+    if not (query_segments.is_cuda and torch.compiler.is_compiling()):
         return (query_segments.unsqueeze(2) == keys.unsqueeze(1)).unsqueeze(1)
 
     def same_segment(b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -178,8 +178,8 @@ class CrossFrameBlock(ResidualBlock):
         messages = self.message(tokens[:, :, 0])
         messages = messages + self.drop_path(self.message_attention(self.message_norm(messages)))
         told = torch.cat([tokens, messages.unsqueeze(2)], 2).flatten(0, 1)  # (B * S, 1 + n + 1, D)
-        attended = self.attention(self.attention_norm(told), rotary=rotary)[:, :-1]
-        return self.add_mlp(tokens + self.drop_path(self.attention_scale(attended)).view_as(tokens))
+        attended = self.attention(self.attention_norm(told), rotary=rotary)[:, :-1].view_as(tokens)
+        return self.add_mlp(tokens + self.drop_path(self.attention_scale(attended)))
 
 
 class CrossBlock(ResidualBlock):

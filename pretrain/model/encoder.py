@@ -89,7 +89,8 @@ class EncoderConfig:
     """Greatest wavelength of sine-cosine or rotary positions over the smallest; on grids of few tokens small models
     learn faster with a small one."""
     drop_path: float = 0.0
-    """Probability that a clip skips the last block's branches in training; rises linearly from the first block."""
+    """Probability that a clip (in the spatial transformer of the factorised encoder: a slot) skips the last block's
+    branches in training; rises linearly from the first block."""
     activation: ActivationName = "gelu"
     """Activation of the MLPs."""
     biases: BiasName = "query_value"

@@ -103,7 +103,8 @@ class FactorisedEncoder(Encoder):
         """See `Encoder.layer_of`."""
         if name.startswith("temporal_blocks."):
             return len(self.blocks) + int(name.split(".")[1]) + 1
-        if name.startswith(("norm.", "temporal_positions.")):
+        pretrained = name == "class_token" and self.has_class_tokens
+        if pretrained or name.startswith(("norm.", "temporal_positions.")):
             return len(self.blocks)
         return super().layer_of(name)
 

@@ -170,7 +170,8 @@ class RotaryEmbedding(nn.Module):
         Returns:
             Cosines and sines `(B, 1, before + K + after, head_width)`.
         """
-        angles = coordinates.to(self.frequencies.dtype) @ self.frequencies
+        # Not a matrix product, which autocast would round: angles are of up to a grid's length and need all digits.
+        angles = (coordinates.unsqueeze(-1) * self.frequencies).sum(-2)
         angles = functional.pad(angles, (0, 0, before, after)).unsqueeze(1).repeat(1, 1, 1, 2)
         return Rotary(angles.cos(), angles.sin())
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pretrain.errors import Refused
+from pretrain.model.blocks import CrossFrameBlock
 from pretrain.model.encoder import VARIANTS, Encoder, EncoderConfig
 from pretrain.model.encoders import ENCODERS, build_encoder
 from pretrain.model.masking import MaskConfig, draw_mask
@@ -171,6 +172,24 @@ def test_every_parameter_has_its_layer_and_every_layer_its_parameters(name, posi
             assert (stack, layer) == ("class_token", 0), "pretrained like the embedding"
         else:
             assert (stack, layer) == ("class_token", encoder.layers + 1), "as new as the head"
+
+
+def test_a_class_token_that_came_with_the_weights_learns_as_fast_as_what_it_joins():
+    for name, layer in (("joint", 0), ("factorised_self_attention", 0), ("factorised_encoder", 2), ("cross_frame", 0)):
+        encoder = encoder_of(name, class_token=True)
+        encoder.has_class_tokens = True
+        assert encoder.layer_of("class_token") == layer, name
+
+
+def test_a_clip_skips_the_branches_of_cross_frame_attention_in_all_its_slots_or_in_none():
+    torch.manual_seed(0)
+    block = CrossFrameBlock(TINY.block(), drop_path=0.5)
+    torch.nn.init.zeros_(block.mlp.fc2.weight)
+    tokens = torch.randn(16, 4, 3, 48)
+    changed = (block(tokens) != tokens).flatten(2).any(-1)  # (B, S)
+    assert torch.equal(changed.any(1), changed.all(1))
+    assert changed.any()
+    assert not changed.all()
 
 
 def test_drop_path_rises_over_both_transformers_and_acts_only_in_training():

@@ -5,6 +5,8 @@ import dataclasses
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention.flex_attention import BlockMask
 
 from pretrain.model.attention import Attention, AxialAttention, block_diagonal, causal_mask
 from pretrain.model.blocks import Block, BlockConfig, CrossBlock
@@ -194,6 +196,29 @@ def test_block_diagonal_attention_is_each_segment_alone():
     for segment in range(3):
         own = segments[0] == segment
         torch.testing.assert_close(together[:, own], attention(tokens[:, own]), atol=1e-5, rtol=1e-5)
+
+
+def test_packed_masks_are_flex_attentions_only_where_it_is_compiled_for_a_gpu(monkeypatch):
+    """Without compilation flex attention would store the scores of all heads; fake tensors need no GPU."""
+    with FakeTensorMode():
+        segments = torch.zeros(2, 256, dtype=torch.int64, device="cuda")
+        plain = block_diagonal(segments)
+        assert isinstance(plain, torch.Tensor)
+        assert plain.shape == (2, 1, 256, 256)
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert isinstance(block_diagonal(segments), BlockMask)
+        assert isinstance(block_diagonal(segments.cpu()), torch.Tensor)
+
+
+def test_normalised_queries_and_keys_have_the_precision_of_values():
+    """Autocast for a GPU normalises in full precision, and flex attention takes queries, keys and values of one."""
+    attention = Attention(24, 2, qk_norm=True)
+    for norm in (attention.query_norm, attention.key_norm):
+        norm.register_forward_hook(lambda *called: called[-1].float())
+    tokens = torch.randn(1, 3, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        for parts in (attention.project(tokens), attention._project_apart(tokens, tokens, tokens)):
+            assert {part.dtype for part in parts} == {torch.bfloat16}
 
 
 @torch.no_grad()

@@ -125,6 +125,14 @@ def test_rotary_positions_turn_pairs_by_slot_row_and_column_and_leave_the_rest()
     assert torch.allclose(turns.turn(heads).norm(dim=-1), heads.norm(dim=-1))
 
 
+def test_rotary_angles_keep_their_digits_under_autocast():
+    embedding, coordinates = RotaryEmbedding(64), torch.tensor([[[31, 63, 61]]])
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = embedding(coordinates)
+    assert torch.equal(rounded.cosine, embedding(coordinates).cosine)
+    assert torch.equal(rounded.sine, embedding(coordinates).sine)
+
+
 def test_resampled_tables_keep_what_is_even_and_follow_what_is_linear_in_time():
     old, new = Grid(4, 4, 4), Grid(8, 6, 3)
     even = {name: torch.full((1, length, 2), 3.0) for name, length in (("table", 64), ("places", 16), ("slots", 4))}
