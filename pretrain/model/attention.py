@@ -212,10 +212,11 @@ def block_diagonal(query_segments: Tensor, key_segments: Tensor | None = None) -
         key_segments: `(B, Nk)` those of the keys; None for the same tokens.
 
     Returns:
-        On a GPU a `BlockMask`, whose empty blocks cost nothing; else booleans `(B, 1, Nq, Nk)`.
+        Compiled on a GPU a `BlockMask`, whose empty blocks cost nothing; else booleans `(B, 1, Nq, Nk)`, since flex
+        attention that is not compiled writes all scores of all heads to memory.
     """
     keys = query_segments if key_segments is None else key_segments
-    if not query_segments.is_cuda:
+    if not (query_segments.is_cuda and torch.compiler.is_compiling()):
         return (query_segments.unsqueeze(2) == keys.unsqueeze(1)).unsqueeze(1)
 
     def same_segment(b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
