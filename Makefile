@@ -1,12 +1,13 @@
 # Every target that needs .venv makes it and installs Tubelet there, once for each change of pyproject.toml.
 
 PYTHON ?= python3
+N ?= 200
 BIN := .venv/bin
 
-.PHONY: help demo test lint bench bench-model bench-data clean
+.PHONY: help demo test test-cluster drill lint bench bench-model bench-data clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 .venv/installed: pyproject.toml
 	@test -d .venv || $(PYTHON) -m venv .venv
@@ -21,6 +22,13 @@ demo: .venv/installed ## make videos, pretrain, finetune, and write runs/demo/re
 test: .venv/installed ## run the tests
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
+drill: .venv/installed ## kill runs N=200 times, mostly inside saves, and change worlds under every ZeRO stage; long
+	@$(BIN)/python -m tests.drills.kill_many --kills $(N)
+	@$(BIN)/python -m tests.drills.zero_worlds
+
+test-cluster: .venv/installed ## run the tests that need SLURM, on a cluster of two nodes that they start here
+	@$(BIN)/python -m pytest tests/cluster
+
 lint: .venv/installed ## check the code with ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -30,6 +38,7 @@ bench: bench-model ## measure against peers, as ratios, and the order of samples
 	@$(BIN)/python -m tests.benchmarks.decode
 	@$(BIN)/python -m tests.benchmarks.decode_child
 	@$(BIN)/python -m tests.benchmarks.order_scale
+	@$(BIN)/python -m tests.benchmarks.save_stall
 
 bench-model: .venv/installed ## measure a pretraining step against transformers, and the encoders; some minutes
 	@$(BIN)/python -m tests.benchmarks.model_step

@@ -37,6 +37,7 @@ from pretrain.packing import validate_packed, visible_tokens
 from pretrain.report import Section, write_report
 from pretrain.stage import (
     curve_figures,
+    going_on,
     is_finished,
     named_fields,
     open_shards,
@@ -101,6 +102,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         start_processes(config) as processes,
         open_stage(config, processes, "finetune", order, (shards,), trained) as run,
     ):
+        order, steps = going_on(config, order, run)
         if is_finished(run, steps):
             return say_finished(run)
         if not run.saved:

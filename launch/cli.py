@@ -4,15 +4,15 @@
 accelerate, deepspeed and srun can start them. Whatever is slow to import is imported by the command that needs it.
 """
 
-import argparse
 import importlib.metadata
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
-from typing import NoReturn, get_args
+from collections.abc import Callable
+from typing import get_args
 
-from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, Refused
+from launch.arguments import PACK, ArgumentParser, named, without_names
+from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED
 
 USAGE = """tubelet COMMAND ...
 
@@ -26,6 +26,7 @@ USAGE = """tubelet COMMAND ...
   finetune            train a classifier on labelled shards, from an encoder or from scratch
   evaluate            measure a classifier on labelled shards
   predict             name the five most probable classes of video files
+  launch              start pretrain or finetune on all GPUs of this machine, or submit them or pack to SLURM
   convert SOURCE OUT  make weights of VideoMAE, ViViT, X-CLIP, ViT or MAE a model to start from, or ours theirs
   order               list the clips that each step of a run reads, without decoding any
   demo                all of it in minutes, on videos that it makes itself
@@ -49,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         "finetune": _finetune,
         "evaluate": _evaluate,
         "predict": _predict,
+        "launch": _launch,
         "convert": _convert,
         "order": _order,
         "demo": _demo,
@@ -92,8 +94,7 @@ def _pack(arguments: list[str]) -> int:
     from pretrain.engine.progress import set_up_logging
 
     set_up_logging()
-    alone = {"source": "[VIDEOS]", "out": "SHARDS"}
-    return run_command(lambda: pack(parse_plain(PackConfig, "pack", _named(arguments, alone), alone)))
+    return run_command(lambda: pack(parse_plain(PackConfig, "pack", named(arguments, PACK), PACK)))
 
 
 def _merge(arguments: list[str]) -> int:
@@ -102,7 +103,7 @@ def _merge(arguments: list[str]) -> int:
     from pretrain.engine.progress import set_up_logging
 
     set_up_logging()
-    return run_command(lambda: merge(parse_plain(MergeConfig, "merge", _named(arguments, SHARDS), SHARDS)))
+    return run_command(lambda: merge(parse_plain(MergeConfig, "merge", named(arguments, SHARDS), SHARDS)))
 
 
 def _index(arguments: list[str]) -> int:
@@ -110,7 +111,7 @@ def _index(arguments: list[str]) -> int:
     from pretrain.data.index_tars import IndexConfig, index
     from pretrain.engine.progress import set_up_logging
 
-    tars, rest = _without_names(arguments)
+    tars, rest = without_names(arguments)
     given = [f"--tars={json.dumps(tars)}"] if tars else []
     set_up_logging()
     return run_command(lambda: index(parse_plain(IndexConfig, "index", given + rest, {"tars": "TARS"})))
@@ -124,7 +125,7 @@ def _check(arguments: list[str]) -> int:
     problems: list[object] = []
 
     def command() -> None:
-        problems.extend(check(parse_plain(CheckConfig, "check", _named(arguments, SHARDS), SHARDS)).problems)
+        problems.extend(check(parse_plain(CheckConfig, "check", named(arguments, SHARDS), SHARDS)).problems)
 
     set_up_logging()
     return run_command(command) or (EXIT_FAILED if problems else EXIT_DONE)
@@ -136,7 +137,7 @@ def _inspect(arguments: list[str]) -> int:
     from pretrain.engine.progress import set_up_logging
 
     set_up_logging()
-    return run_command(lambda: inspect(parse_plain(InspectConfig, "inspect", _named(arguments, SHARDS), SHARDS)))
+    return run_command(lambda: inspect(parse_plain(InspectConfig, "inspect", named(arguments, SHARDS), SHARDS)))
 
 
 def _evaluate(arguments: list[str]) -> int:
@@ -163,7 +164,7 @@ def _predict(arguments: list[str]) -> int:
     from pretrain.commandline import run_command
     from pretrain.data.video import DecoderName
 
-    parser = _Parser(prog="tubelet predict", allow_abbrev=False)
+    parser = ArgumentParser(prog="tubelet predict", allow_abbrev=False)
     parser.add_argument("files", nargs="+", metavar="FILE", help="video files")
     parser.add_argument("--model", required=True, help="model folder or finetuning run")
     parser.add_argument("--decoder", default="auto", choices=get_args(DecoderName), help="who decodes")
@@ -195,7 +196,7 @@ def _convert(arguments: list[str]) -> int:
         from launch.convert import ConvertConfig, convert
 
         alone = {"source": "SOURCE", "out": "OUT"}
-        convert(parse_plain(ConvertConfig, "convert", _named(arguments, alone), alone))
+        convert(parse_plain(ConvertConfig, "convert", named(arguments, alone), alone))
 
     set_up_logging()
     return run_command(command)
@@ -204,7 +205,7 @@ def _convert(arguments: list[str]) -> int:
 def _order(arguments: list[str]) -> int:
     from pretrain.commandline import run_command, with_underscores
 
-    parser = _Parser(
+    parser = ArgumentParser(
         prog="tubelet order",
         allow_abbrev=False,
         description="Lists the clips that each rank reads in each step, as JSON lines, without decoding a frame.",
@@ -231,6 +232,15 @@ def _order(arguments: list[str]) -> int:
     return run_command(command)
 
 
+def _launch(arguments: list[str]) -> int:
+    from launch.launching import launch
+    from pretrain.commandline import run_command
+    from pretrain.engine.progress import set_up_logging
+
+    set_up_logging()
+    return run_command(lambda: launch(arguments))
+
+
 def _demo(arguments: list[str]) -> int:
     from pretrain.commandline import parse_plain, run_command
     from pretrain.engine.progress import set_up_logging
@@ -242,44 +252,6 @@ def _demo(arguments: list[str]) -> int:
 
     set_up_logging()
     return run_command(command)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Raises `Refused` in place of printing the usage."""
-        raise Refused(f"{self.prog}: {message}; see {self.prog} --help")
-
-
-def _named(arguments: list[str], alone: Mapping[str, str]) -> list[str]:
-    """Turns arguments without a name into named ones; jsonargparse's dataclasses know only these.
-
-    With `--list`, a single one is the last of those that may stand alone.
-    """
-    positional, rest = _without_names(arguments)
-    from_list = any(argument.split("=")[0] == "--list" for argument in rest)
-    names = list(alone)[-1:] if from_list and len(positional) == 1 else list(alone)
-    if len(positional) > len(names):
-        expected = " and ".join(name.strip("[]") for name in alone.values())
-        raise Refused(f"{positional[len(names)]}: is one folder too many; give {expected}")
-    return [part for name, value in zip(names, positional, strict=False) for part in (f"--{name}", value)] + rest
-
-
-def _without_names(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Returns the arguments without a name, and the others with their values."""
-    positional: list[str] = []
-    rest: list[str] = []
-    waiting = list(reversed(arguments))
-    while waiting:
-        argument = waiting.pop()
-        if not argument.startswith("-"):
-            positional.append(argument)
-            continue
-        rest.append(argument)
-        if argument == "--unlabelled" and (not waiting or waiting[-1] not in ("true", "false")):
-            rest.append("true")
-        elif "=" not in argument and argument not in ("-h", "--help", "--print_config") and waiting:
-            rest.append(waiting.pop())
-    return positional, rest
 
 
 if __name__ == "__main__":

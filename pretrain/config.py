@@ -62,6 +62,8 @@ class RunConfig:
     """Length of the run in passes over the set; this or steps."""
     resume: str = "auto"
     """auto goes on from the newest checkpoint, never starts afresh, a folder names a checkpoint."""
+    override_config: bool = False
+    """Go on although the checkpoint was written with another data.global_batch or mask; nothing else can be changed."""
     precision: Precision = "bf16"
     """Arithmetic of the forward and backward pass; fp16 needs a GPU."""
     compile: bool = False

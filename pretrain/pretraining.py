@@ -42,6 +42,7 @@ from pretrain.pictures import (
 from pretrain.report import Figure, Section, write_report
 from pretrain.stage import (
     curve_figures,
+    going_on,
     is_finished,
     named_fields,
     open_sets,
@@ -93,6 +94,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         **named_fields("mask", config.mask),
     }
     with start_processes(config) as processes, open_stage(config, processes, "pretrain", order, sets, trained) as run:
+        order, steps = going_on(config, order, run)
         if is_finished(run, steps):
             return say_finished(run)
         torch.manual_seed(config.seed)

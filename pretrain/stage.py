@@ -1,5 +1,6 @@
 """What pretraining and finetuning share: opening data, processes and the run's folder, training, and the figures."""
 
+import dataclasses
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from pretrain.data.balanced import BalancedOrder, SampleOrder
 from pretrain.data.clips import ClipConfig
 from pretrain.data.config import DataConfig
 from pretrain.data.loader import Batch, MicroBatches, training_batches
-from pretrain.data.order import Mixture, Order, lanes_of_sets, nearest_divisor
+from pretrain.data.order import Mixture, Order, Start, lanes_of_sets, nearest_divisor
 from pretrain.data.packed_clips import PackedBatch, PackedTrainingClips, packed_batches
 from pretrain.data.randomness import seed_of_set
 from pretrain.data.shard_cache import CacheConfig
@@ -23,9 +24,9 @@ from pretrain.data.shards import ShardSet
 from pretrain.data.training_clips import TrainingClips
 from pretrain.engine.compiler import refuse_divided_weights, refuse_without_compiler
 from pretrain.engine.distributed import Processes, launched_world
-from pretrain.engine.optimizer import build_optimizer, build_schedule
+from pretrain.engine.optimizer import build_optimizer, build_schedule, members_of_groups
 from pretrain.engine.progress import set_up_logging
-from pretrain.engine.run import KEYS, SKIPPED, Run, open_run
+from pretrain.engine.run import KEYS, SKIPPED, Run, open_run, refuse_other_groups
 from pretrain.engine.tracking import METRICS, read_metrics
 from pretrain.engine.trainer import Objective, Plan, Trainer, Validation
 from pretrain.errors import Refused
@@ -194,9 +195,37 @@ def open_stage(
         config.resume,
         config.tracking,
         identity,
-        config.checkpoint.keep_last,
+        config.checkpoint,
         told,
+        overridden_fields(order, trained),
+        config.override_config,
     )
+
+
+def overridden_fields(order: SampleOrder, trained: dict[str, Any]) -> set[str]:
+    """Returns what may change in the middle of a run: it neither makes another model nor reads samples twice."""
+    masks = {name for name in trained if name.startswith("mask.")}
+    return masks | ({"data.global_batch"} if isinstance(order, Order) else set())
+
+
+def going_on(config: RunConfig, order: SampleOrder, run: Run) -> tuple[SampleOrder, int]:
+    """Returns the order and the length in steps with which an open run goes on.
+
+    Where the global batch changed, now or in an attempt before, the order goes on from the epoch and position reached,
+    so that no sample of that epoch is read twice.
+    """
+    if not (run.saved and isinstance(order, Order)):
+        return order, config.total_steps(order.steps_per_epoch)
+    start = Start(*run.saved.state.get("start", ()))
+    batch = run.saved.state["identity"]["data.global_batch"]
+    order = dataclasses.replace(order, start=start)
+    if batch != order.global_batch:
+        order = order.going_on_from(dataclasses.replace(order, global_batch=batch), run.saved.step)
+    run.state["start"] = list(order.start)
+    steps = config.total_steps(order.steps_per_epoch)
+    if order.start.step and config.epochs is not None:
+        steps = order.length_in_steps(config.epochs)
+    return order, steps
 
 
 def train(
@@ -240,6 +269,9 @@ def train(
     if config.compile:
         model.compile()  # in place, which leaves all names as they are
     optimizer = build_optimizer(model, config.optimizer, batch)
+    run.state["groups"] = members_of_groups(model, optimizer)
+    if run.saved:
+        refuse_other_groups(run.saved, run.state["groups"])
     schedule = build_schedule(optimizer, config.optimizer, batch, config.optimizer.warmup(order.steps_per_epoch), steps)
     model, optimizer = processes.prepare(model, optimizer)
     schedule.optimizer = optimizer
@@ -248,6 +280,7 @@ def train(
     tracker = run.begin()
     plan = Plan(
         first_step=run.first_step,
+        samples_read=run.saved.state.get("samples_read", run.first_step * batch) if run.saved else 0,
         samples_padded=run.saved.state.get("samples_padded", 0) if run.saved else 0,
         steps=steps,
         accumulation=accumulation,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.videos import make_video
+from tests.videos import make_video, pack_labelled_videos
 
 PACKED_VIDEOS = 11
 
@@ -16,14 +16,7 @@ PACKED_VIDEOS = 11
 @pytest.fixture(scope="session")
 def packed_shards(tmp_path_factory) -> Path:
     """A folder of three shards: 11 labelled videos of two classes, 12 frames a second, 10 to 30 frames, 48 x 64."""
-    from pretrain.data.pack import PackConfig, pack
-
-    folder = tmp_path_factory.mktemp("packed-shards")
-    for number in range(PACKED_VIDEOS):
-        name = f"{'jump' if number % 2 else 'run'}/{number}.mp4"
-        make_video(folder / "videos" / name, frames=10 + 2 * number, seed=number)
-    pack(PackConfig(source=str(folder / "videos"), out=str(folder / "shards"), samples_per_shard=4, jobs=1))
-    return folder / "shards"
+    return pack_labelled_videos(tmp_path_factory.mktemp("packed-shards"), PACKED_VIDEOS)
 
 
 @pytest.fixture(scope="session")

@@ -40,6 +40,9 @@ def child(order):
     if order["limit_bytes"]:
         import resource
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["limit_bytes"],) * 2)
+    if order["kill_at"] is not None:
+        import pathlib, tests.drills.kill_points
+        tests.drills.kill_points.install(order["kill_at"], pathlib.Path(order["output"]).with_suffix(".operations"))
     module = importlib.import_module({"launch": "launch.cli"}.get(order["module"], order["module"] + ".__main__"))
     sys.exit(module.main(order["arguments"]))
 
@@ -124,6 +127,7 @@ def start(
     world: int = 1,
     environment: dict[str, str] | None = None,
     limit_bytes: int = 0,
+    kill_at: int | None = None,
 ) -> Started:
     """Starts `python -m MODULE ARGUMENTS` in `world` processes.
 
@@ -134,6 +138,7 @@ def start(
         world: Number of processes.
         environment: More variables.
         limit_bytes: Largest file that the processes may write; 0 for no limit.
+        kill_at: At which of the file operations of its saves rank 0 kills itself, 0 for never; None watches none.
     """
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
     pids, outputs = [], []
@@ -147,6 +152,7 @@ def start(
             "environment": (ranked if world > 1 else {}) | (environment or {}),
             "output": str(output),
             "limit_bytes": limit_bytes,
+            "kill_at": kill_at if rank == 0 else None,
         }
         output.touch()
         pids.append(_ask(order))

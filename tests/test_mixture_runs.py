@@ -62,12 +62,11 @@ def test_a_run_goes_on_with_the_same_mixture_only(run, packed_shards, other_shar
         "weights": {packed_shards: 1, other_shards: 2},
         "sets": {other_shards: 2, packed_shards: 1},
     }
-    field, here, there = "data.shards", "none", "none"
+    before = mixture_told({packed_shards: 2, other_shards: 1})
+    alone = f"{packed_shards} (fingerprint {ShardSet.open(packed_shards).fingerprint})"
+    differing = [("data.shards", alone, "none"), ("data.mixture", "none", before)]
     if change in sets:
-        field, here = "data.mixture", mixture_told(sets[change])
-        there = mixture_told({packed_shards: 2, other_shards: 1})
-    else:
-        here = f"{packed_shards} (fingerprint {ShardSet.open(packed_shards).fingerprint})"
+        differing = [("data.mixture", mixture_told(sets[change]), before)]
     options = ["--data.shards", str(packed_shards)]
     if change in sets:
         options = ["--data.mixture", json.dumps({str(folder): weight for folder, weight in sets[change].items()})]
@@ -75,9 +74,9 @@ def test_a_run_goes_on_with_the_same_mixture_only(run, packed_shards, other_shar
     assert main(["pretrain", "--config", str(run / "config.yaml"), "--steps", "9", *options]) == 2
     said = capsys.readouterr().err
     newest = run / "checkpoints" / "step-00000006"
-    assert said == (
-        f"tubelet: {field}: is {here}, but {newest} was written with {there}; use that again or give another --out\n"
-    )
+    told = "; ".join(f"{field}: is {here}, but {newest} was written with {there}" for field, here, there in differing)
+    again = "that" if change in sets else "those"
+    assert said == f"tubelet: {told}; use {again} again or give another --out\n"
 
 
 def test_a_run_goes_on_where_the_sets_of_its_mixture_were_moved_to(run, packed_shards, other_shards, tmp_path, capsys):

@@ -73,6 +73,17 @@ def make_video(
     return path
 
 
+def pack_labelled_videos(folder: Path, videos: int) -> Path:
+    """Packs videos of two classes, 12 frames a second, 10 frames and more, 48 x 64; returns the shards' folder."""
+    from pretrain.data.pack import PackConfig, pack
+
+    for number in range(videos):
+        name = f"{'jump' if number % 2 else 'run'}/{number}.mp4"
+        make_video(folder / "videos" / name, frames=10 + 2 * number, seed=number)
+    pack(PackConfig(source=str(folder / "videos"), out=str(folder / "shards"), samples_per_shard=4, jobs=1))
+    return folder / "shards"
+
+
 def moving_square(frames: int, height: int, width: int, seed: int = 0) -> np.ndarray:
     """Returns uint8 (T, H, W, 3): a bright square that moves over a gradient, both chosen by the seed."""
     rows, columns = np.mgrid[:height, :width]

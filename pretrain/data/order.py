@@ -8,6 +8,7 @@ change in the middle of a run, because neither decides which samples a step hold
     epoch    in each lane: its pieces of shards permuted, cut into shard windows, shuffled inside each
     position p of the epoch is sample p div lanes of lane p mod lanes: lanes take turns
     step     takes global_batch positions in a row; place j is the j-th of them
+    start    where an order takes over from one with another global batch: the epoch and position reached by it
     rank     the places in rank order are grouped by lane, so a rank (and its node) reads few lanes
     mixture  several sets, each with whole lanes of its own and epochs of its own
 
@@ -45,6 +46,23 @@ class Slice(NamedTuple):
     samples: np.ndarray
 
 
+class Start(NamedTuple):
+    """Where an order takes over from one with another global batch; a run's first order starts at its beginning.
+
+    Attributes:
+        step: Steps that were done before.
+        epoch: The epoch that they reached.
+        position: The first position of it that was not read.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    position: int = 0
+
+
+BEGINNING = Start()
+
+
 @dataclasses.dataclass(frozen=True)
 class Order:
     """The order of a whole run over one set of shards.
@@ -55,6 +73,7 @@ class Order:
         lanes: Number of lanes; divides `global_batch`. Stored with the run, never derived from the world.
         shards_per_window: Pieces of shards that are shuffled together.
         global_batch: Samples in one step over all ranks.
+        start: What is before it was read with another global batch; the steps before it are not asked for.
     """
 
     samples_per_shard: tuple[int, ...]
@@ -62,6 +81,7 @@ class Order:
     lanes: int
     shards_per_window: int
     global_batch: int
+    start: Start = BEGINNING
 
     def __post_init__(self) -> None:
         """Refuses what would not come out even, naming the nearest that does."""
@@ -136,15 +156,36 @@ class Order:
 
         Only the shard windows that are read are shuffled, and kept for the steps that follow.
         """
-        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        epoch, position = self.reached(step)
         per_lane = self.global_batch // self.lanes
         places = places_in_rank_order(self.global_batch, self.lanes)[first:end]
         samples = []
         for lane in range(first // per_lane, -(-end // per_lane)):
             low, high = max(first - lane * per_lane, 0), min(end - lane * per_lane, per_lane)
-            row = step_in_epoch * per_lane
+            row = position // self.lanes
             samples.append(self._lane_epoch(epoch, lane).rows(row + low, row + high))
-        return Slice(epoch, places, step_in_epoch * self.global_batch + places, np.concatenate(samples))
+        return Slice(epoch, places, position + places, np.concatenate(samples))
+
+    def reached(self, step: int) -> tuple[int, int]:
+        """Returns the epoch of a step and the first position in it that the step reads, a multiple of `lanes`."""
+        steps = step - self.start.step
+        if steps < self._steps_left:
+            return self.start.epoch, self.start.position + steps * self.global_batch
+        epochs, step_in_epoch = divmod(steps - self._steps_left, self.steps_per_epoch)
+        return self.start.epoch + 1 + epochs, step_in_epoch * self.global_batch
+
+    @property
+    def _steps_left(self) -> int:
+        """Whole steps in the epoch in which the order starts."""
+        return (self.samples - self.start.position) // self.global_batch
+
+    def going_on_from(self, before: "Order", step: int) -> "Order":
+        """Returns this order from `step` on, after one that differs from it in `global_batch` alone."""
+        return dataclasses.replace(self, start=Start(step, *before.reached(step)))
+
+    def length_in_steps(self, epochs: float) -> int:
+        """Returns the steps of a run of so many epochs, those before `start` included."""
+        return self.start.step + round(self._steps_left + (epochs - self.start.epoch - 1) * self.steps_per_epoch)
 
     def _lane_epoch(self, epoch: int, lane: int) -> "_LaneEpoch":
         kept = self._lane_epochs.get(lane)

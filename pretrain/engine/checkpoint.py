@@ -9,8 +9,6 @@ checkpoints of which none can be read is an error, never a fresh start.
 """
 
 import dataclasses
-import hashlib
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -22,14 +20,22 @@ from torch import nn
 
 from pretrain.engine.distributed import Processes
 from pretrain.engine.failures import has_room, means_full_disk
+from pretrain.engine.manifest import Saved, describe_files, size_bytes, verify, write_manifest
 from pretrain.engine.ownership import RunLock
+from pretrain.engine.universal import (
+    CLIENT_STATE,
+    TAG,
+    convert,
+    find_converted,
+    load_universal,
+    remove_orphans,
+    universal_folder,
+)
 from pretrain.errors import DiskFull, Refused, StoppedByRule, TubeletError
-from pretrain.files import sha256_of_file, sync_file, write_json
+from pretrain.files import sync_file
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 PROBE_BYTES = 1 << 20
 
 
@@ -41,27 +47,20 @@ class CheckpointConfig:
     """Steps between checkpoints; one is always written at the end."""
     keep_last: int = 2
     """Newest checkpoints that stay."""
+    keep_every: int | None = None
+    """Steps between checkpoints that stay for good, a multiple of every; None keeps none for good."""
 
     def validate(self) -> None:
-        """Raises `Refused` for numbers below 1."""
-        for name in ("every", "keep_last"):
-            if getattr(self, name) < 1:
-                raise Refused(f"checkpoint.{name}: {getattr(self, name)} must be at least 1")
-
-
-@dataclasses.dataclass(frozen=True)
-class Saved:
-    """A checkpoint whose manifest verified.
-
-    Attributes:
-        folder: Where it is.
-        step: Steps done when it was written.
-        state: What the run noted beside the weights.
-    """
-
-    folder: Path
-    step: int
-    state: dict[str, Any]
+        """Raises `Refused` for numbers below 1, and where nothing would ever be kept for good."""
+        for name in ("every", "keep_last", "keep_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise Refused(f"checkpoint.{name}: {value} must be at least 1")
+        if self.keep_every and self.keep_every % self.every:
+            raise Refused(
+                f"checkpoint.keep_every: {self.keep_every} is no multiple of checkpoint.every {self.every}; use "
+                f"{-(-self.keep_every // self.every) * self.every}"
+            )
 
 
 class Checkpoints:
@@ -71,21 +70,21 @@ class Checkpoints:
         folder: The run's `checkpoints/`.
         processes: All processes of the run.
         lock: The run's ownership, on rank 0; None elsewhere.
-        keep_last: Newest checkpoints that stay.
+        config: Which checkpoints stay.
     """
 
-    def __init__(self, folder: Path, processes: Processes, lock: RunLock | None, keep_last: int) -> None:
-        """Removes what an interrupted save left behind."""
+    def __init__(self, folder: Path, processes: Processes, lock: RunLock | None, config: CheckpointConfig) -> None:
+        """Removes what an interrupted save or conversion left behind."""
         self.folder = folder
         self.processes = processes
         self.lock = lock
-        self.keep_last = keep_last
+        self.config = config
         self._whole: set[str] = set()  # names of folders that this process wrote or verified
         processes.on_main_only(self._remove_leftovers)
 
     def _remove_leftovers(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for stale in self.folder.glob("step-*.tmp-*"):
+        for stale in self.folder.glob("*-*.tmp-*"):
             shutil.rmtree(stale)
 
     def save(self, step: int, model: nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
@@ -97,17 +96,33 @@ class Checkpoints:
             TubeletError: A rank failed to write, or a file is missing.
         """
         final = self.folder / f"step-{step:08d}"
-        attempt = self.processes.gather_objects(self.lock.owner.attempt if self.lock else None)[0]
+        attempt = self.processes.gather_objects(self._attempt)[0]
         temporary = final.with_name(f"{final.name}.tmp-{attempt}")
         self.processes.on_main_only(lambda: self._make(temporary, final))
         reports = self.processes.gather_objects(self._write_own_files(temporary, model, optimizer))
         self.processes.on_main(lambda: self._commit(temporary, final, reports, step, state))
 
+    @property
+    def _attempt(self) -> int | None:
+        return self.lock.owner.attempt if self.lock else None
+
     def _make(self, temporary: Path, final: Path) -> None:
+        before = step_folders(self.folder)
+        if before:
+            needed = size_bytes(before[-1])
+            self._refuse_without_room(final, needed, f"as {before[-1].name} takes")
         try:
             temporary.mkdir()
         except OSError as error:
             raise self._failure(error, final) from error
+
+    def _refuse_without_room(self, final: Path, needed: int, why: str) -> None:
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise DiskFull(
+                f"{final}: takes about {needed / 2**20:.1f} MiB, {why}, and no more than {free / 2**20:.1f} MiB are "
+                f"free on the disk; free some and start again; the checkpoints before are whole"
+            )
 
     def _write_own_files(self, folder: Path, model: nn.Module, optimizer: Any) -> dict[str, Any] | Exception:
         """Returns size and hash of each file this rank wrote, or the error that stopped it."""
@@ -121,12 +136,8 @@ class Checkpoints:
                     {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else None},
                     folder / "optimizer.pt",
                 )
-            own = [path for path in folder.rglob("*") if path.is_file() and self._is_own(path.name)]
-            report = {}
-            for path in own:
-                sync_file(path)
-                report[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
-            return report
+            own = (path for path in folder.rglob("*") if path.is_file() and self._is_own(path.name))
+            return describe_files(folder, own)
         except Exception as error:  # any failure of any library must reach rank 0, or the other ranks wait for ever
             return error
 
@@ -144,24 +155,28 @@ class Checkpoints:
                     raise report
             files = {name: entry for report in reports for name, entry in report.items()}
             self._check_complete(temporary, files)
-            manifest = {"format": FORMAT_VERSION, "step": step, "state": state, "files": dict(sorted(files.items()))}
-            write_json(temporary / MANIFEST, manifest | {"sha256": _sha256_of(manifest)})
-            if self.lock and not self.lock.is_held():
-                raise StoppedByRule(f"{self.lock.path}: another job has taken over this run; this one stops")
-            if final.exists():
-                shutil.rmtree(final)
-            temporary.rename(final)
-            sync_file(self.folder)
-        except TubeletError:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+            write_manifest(temporary, step, state, files)
+            self._rename(temporary, final)
         except Exception as error:
-            failure = self._failure(error, final)
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise failure from error
+            raise self._undone(error, temporary, final) from error
         logger.info("saved %s", final)
         self._whole.add(final.name)
         self._prune(final)
+
+    def _rename(self, temporary: Path, final: Path) -> None:
+        """Commits a folder, unless another job has taken over the run."""
+        if self.lock and not self.lock.is_held():
+            raise StoppedByRule(f"{self.lock.path}: another job has taken over this run; this one stops")
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        sync_file(self.folder)
+
+    def _undone(self, error: Exception, temporary: Path, final: Path) -> TubeletError:
+        """Removes what was written for `final` and returns what to tell of its failure."""
+        failure = error if isinstance(error, TubeletError) else self._failure(error, final)
+        shutil.rmtree(temporary, ignore_errors=True)
+        return failure
 
     def _failure(self, error: Exception, folder: Path) -> TubeletError:
         """Returns what to tell of a failed write; torch.save does not say when no space was left, so it is tried."""
@@ -189,19 +204,23 @@ class Checkpoints:
         return needed
 
     def _prune(self, newest: Path) -> None:
-        """Removes older checkpoints once `keep_last` whole ones stay; damaged ones and those of later steps count not.
+        """Removes older checkpoints once `keep_last` whole ones stay, but for those that stay for good.
 
-        What cannot be removed, such as a file that NFS keeps for somebody who reads it, stays until the next time.
+        Damaged ones and those of later steps do not count, and the newest whole one is never removed. What cannot be
+        removed, such as a file that NFS keeps for somebody who reads it, stays until the next time.
         """
         kept = 0
         for folder in reversed([folder for folder in step_folders(self.folder) if folder.name <= newest.name]):
-            if kept < self.keep_last:
+            if kept < self.config.keep_last:
                 kept += self._is_whole(folder)
+                continue
+            if self.config.keep_every and int(folder.name.removeprefix("step-")) % self.config.keep_every == 0:
                 continue
             try:
                 shutil.rmtree(folder)
             except OSError as error:
                 logger.warning("%s cannot be removed now (%s)", folder, error)
+        remove_orphans(self.folder)
 
     def _is_whole(self, folder: Path) -> bool:
         if folder.name not in self._whole:
@@ -214,23 +233,24 @@ class Checkpoints:
     def load(self, saved: Saved, model: Any, optimizer: Any) -> None:
         """Puts a checkpoint's weights and optimiser state in place.
 
-        What the configuration says of the optimiser (decay, betas, the layers' rates) stays as it is now.
+        What the configuration says of the optimiser (decay, betas, the layers' rates) stays as it is now. ZeRO's parts
+        are converted first if as many processes as now did not write them.
 
         Raises:
-            Refused: It holds another model, or was written by another kind of engine or world.
+            Refused: It holds another model, or was written by another kind of engine.
+            DiskFull: There is no room for its conversion.
+            TubeletError: It cannot be converted.
         """
-        here, there = engine_kind(self.processes), saved.state["engine"]
-        if here != there:
-            raise Refused(
-                f"{saved.folder}: was written by {there['name']} with {there['world']} processes and cannot be read by "
-                f"{here['name']} with {here['world']}; start with the same --deepspeed and number of processes"
-            )
+        refuse_other_engine(saved, self.processes)
+        converted = None if fits_this_world(saved, self.processes) else self._converted(saved)
         configured = [
             {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
         ]
         try:
-            if self.processes.uses_deepspeed:
-                model.load_checkpoint(saved.folder, tag="deepspeed")
+            if converted:
+                load_universal(model, converted)
+            elif self.processes.uses_deepspeed:
+                model.load_checkpoint(saved.folder, tag=TAG)
             else:
                 self.processes.accelerator.unwrap_model(model).load_state_dict(
                     load_file(saved.folder / "model.safetensors")
@@ -252,11 +272,34 @@ class Checkpoints:
         if saved.folder.parent == self.folder:
             self._whole.add(saved.folder.name)
 
+    def _converted(self, saved: Saved) -> Path:
+        """Returns the checkpoint in DeepSpeed's universal format, which rank 0 makes once while the others wait."""
+        final = universal_folder(self.folder, saved.step)
+        self.processes.on_main_patiently(lambda: self._convert(saved, final))
+        return final
+
+    def _convert(self, saved: Saved, final: Path) -> None:
+        if find_converted(final, saved):
+            return
+        logger.info(
+            "converting %s, which %d processes wrote, for %d",
+            saved.folder,
+            saved.state["engine"]["world"],
+            self.processes.world,
+        )
+        self._refuse_without_room(final, 2 * size_bytes(saved.folder), "twice as much as the checkpoint")
+        temporary = final.with_name(f"{final.name}.tmp-{self._attempt}")
+        try:
+            convert(saved, temporary)
+            self._rename(temporary, final)
+        except Exception as error:
+            raise self._undone(error, temporary, final) from error
+
 
 def _save_with_deepspeed(engine: Any, folder: Path) -> None:
     """Saves; a rank that fails joins the barrier at which DeepSpeed lets the others wait for it, else they wait on."""
     try:
-        engine.save_checkpoint(folder, tag="deepspeed", save_latest=False)
+        engine.save_checkpoint(folder, tag=TAG, client_state=CLIENT_STATE, save_latest=False)
     except Exception:
         if torch.distributed.get_world_size() > 1:
             torch.distributed.barrier()
@@ -269,10 +312,26 @@ def zero_stage(processes: Processes) -> int:
 
 
 def engine_kind(processes: Processes) -> dict[str, Any]:
-    """Returns what must be alike to read a checkpoint: plain files fit any world, ZeRO's parts only their own."""
+    """Returns what must be alike to read a checkpoint as it is: undivided ones fit any world, ZeRO's only their own."""
     if not processes.uses_deepspeed:
         return {"name": "plain data parallelism", "world": "any number of"}
     return {"name": f"DeepSpeed ZeRO {zero_stage(processes)}", "world": processes.world}
+
+
+def fits_this_world(saved: Saved, processes: Processes) -> bool:
+    """Whether this number of processes can read a checkpoint as it is; only ZeRO 1 and above divide any of it."""
+    divided = processes.uses_deepspeed and zero_stage(processes) > 0
+    return not divided or saved.state["engine"]["world"] == processes.world
+
+
+def refuse_other_engine(saved: Saved, processes: Processes) -> None:
+    """Raises `Refused` if another kind of engine wrote a checkpoint; another number of processes is none."""
+    here, there = engine_kind(processes), saved.state["engine"]
+    if here["name"] != there["name"]:
+        raise Refused(
+            f"{saved.folder}: was written by {there['name']} with {there['world']} processes and cannot be read by "
+            f"{here['name']} with {here['world']}; start with the same --deepspeed"
+        )
 
 
 def step_folders(folder: Path) -> list[Path]:
@@ -330,39 +389,3 @@ def _newest_whole(candidates: list[Path]) -> Saved | None:
         except Refused as error:
             logger.warning("passed over %s", error)
     return None
-
-
-def verify(folder: Path) -> Saved:
-    """Compares a checkpoint with its manifest; raises `Refused` that says what is wrong."""
-    try:
-        manifest = dict(json.loads((folder / MANIFEST).read_text()))
-    except FileNotFoundError:
-        raise Refused(f"{folder}: has no {MANIFEST}, so it is no complete checkpoint") from None
-    except (ValueError, TypeError, OSError) as error:
-        raise Refused(f"{folder / MANIFEST}: cannot be read: {error}") from None
-    if manifest.get("format") != FORMAT_VERSION:
-        raise Refused(
-            f"{folder / MANIFEST}: has format {manifest.get('format')}, this Tubelet reads {FORMAT_VERSION}; use the "
-            f"Tubelet that wrote it"
-        )
-    if manifest.pop("sha256", None) != _sha256_of(manifest):
-        raise Refused(f"{folder / MANIFEST}: was changed since it was written")
-    for name, entry in manifest["files"].items():
-        _compare(folder / name, entry["bytes"], entry["sha256"])
-    return Saved(folder, manifest["step"], manifest["state"])
-
-
-def _compare(path: Path, size_bytes: int, sha256: str) -> None:
-    try:
-        if not path.is_file():
-            raise Refused(f"{path}: is missing")
-        if path.stat().st_size != size_bytes:
-            raise Refused(f"{path}: has {path.stat().st_size} bytes, its manifest says {size_bytes}")
-        if sha256_of_file(path) != sha256:
-            raise Refused(f"{path}: its content differs from what its manifest says")
-    except OSError as error:
-        raise Refused(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _sha256_of(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

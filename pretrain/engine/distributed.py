@@ -9,7 +9,10 @@ checked against `WORLD_SIZE` before anything else happens.
 import json
 import os
 import re
+import socket
+import subprocess
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -24,6 +27,8 @@ LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "M
 SRUN_VARIABLES = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS"}
 PLUGIN_VARIABLES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
 SRUN_PORTS = range(20_000, 30_000)  # below those that Linux hands out by itself
+PATIENCE_S = 60.0  # far below what a process group lets a message wait
+SCONTROL_S = 60
 Precision = Literal["fp32", "bf16", "fp16"]
 Result = TypeVar("Result")
 
@@ -160,6 +165,14 @@ class Processes:
             raise error or failure
         return result
 
+    def on_main_patiently(self, action: Callable[[], Result]) -> Result | None:
+        """Does what `on_main_only` does, for what takes longer than a message between processes may wait."""
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            future = pool.submit(action) if self.is_main else None
+            while not self.gather_objects(future is None or _is_over(future))[0]:
+                pass
+            return self.on_main_only(lambda: future.result())  # type: ignore[union-attr]
+
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
         """Wraps model and optimiser for this world; raises `TubeletError` if DeepSpeed sees another world."""
         model, optimizer = self.accelerator.prepare(model, optimizer)
@@ -194,6 +207,12 @@ class Processes:
                 os.environ[name] = value
 
 
+def _is_over(future: Future) -> bool:
+    """Waits a while for the end of a piece of work; returns whether it has come."""
+    wait([future], timeout=PATIENCE_S)
+    return future.done()
+
+
 def _message_group() -> torch.distributed.ProcessGroup:
     group = torch.distributed.new_group(backend="gloo")
     assert isinstance(group, torch.distributed.ProcessGroup), "every rank is a member"
@@ -224,16 +243,62 @@ def _started_by_srun() -> bool:
     return "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
 
 
+def address_of(node: str) -> str:
+    """Returns a node's name where it resolves, else the address by which SLURM reaches it.
+
+    Raises:
+        Refused: Nobody knows one.
+    """
+    try:
+        socket.getaddrinfo(node, None)
+    except socket.gaierror:
+        told = re.search(r"\bNodeAddr=(\S+)", _asked_scontrol("show", "node", node, "--oneliner"))
+        if told is None or told[1] == node:
+            raise Refused(
+                f"srun: the first node, {node}, resolves to no address; set MASTER_ADDR to one that all nodes reach"
+            ) from None
+        return told[1]
+    return node
+
+
+def _asked_scontrol(*arguments: str) -> str:
+    """Returns what scontrol tells; nothing where it is missing, as in a container, or does not answer."""
+    command = ["scontrol", *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=SCONTROL_S).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
 def _describe_srun() -> None:
-    """Says what srun's variables tell in those of the other launchers."""
+    """Says what srun's variables tell in those of the other launchers.
+
+    Jobs that share a node get ports by their numbers; a requeued attempt gets another, lest it meets again what had
+    taken the one before.
+    """
     try:
         told = {name: os.environ[variable] for name, variable in SRUN_VARIABLES.items()}
-        told["MASTER_ADDR"] = first_host(os.environ["SLURM_STEP_NODELIST"])
+        nodes = os.environ["SLURM_STEP_NODELIST"]
         number = int(os.environ["SLURM_JOB_ID"]) + int(os.environ["SLURM_STEP_ID"])
+        number += 997 * int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     except (KeyError, ValueError) as error:
         raise Refused(f"srun: started several tasks without telling {error}; start one torchrun on each node") from None
-    told["MASTER_PORT"] = str(SRUN_PORTS[number % len(SRUN_PORTS)])
-    os.environ.update(told | {name: os.environ[name] for name in told if name in os.environ})
+    told["MASTER_ADDR"] = os.environ.get("MASTER_ADDR") or address_of(first_host(nodes))
+    told["MASTER_PORT"] = os.environ.get("MASTER_PORT") or str(SRUN_PORTS[number % len(SRUN_PORTS)])
+    if told["RANK"] == "0":
+        _refuse_taken(int(told["MASTER_PORT"]))
+    os.environ.update(told | {name: os.environ[name] for name in told if os.environ.get(name)})
+
+
+def _refuse_taken(port: int) -> None:
+    """Raises `Refused` where another program of this node listens on the port at which the ranks are to meet."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            place = f"{port} on {socket.gethostname()}"
+            raise Refused(f"MASTER_PORT: {place} cannot be used ({error.strerror}); set it to a free one") from None
 
 
 def _refuse_plugins(allowed: str | None) -> None:

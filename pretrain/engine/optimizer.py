@@ -6,6 +6,7 @@ is the least one (MAE and VideoMAE scale both).
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
@@ -92,11 +93,32 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, global_batch: int
     return torch.optim.AdamW(groups, lr=rate, betas=config.betas, eps=config.eps, weight_decay=0.0, fused=True)
 
 
+class StepSchedule(CosineLRScheduler):
+    """timm's cosine schedule, which sets the weight decay too: every group's, at every step, whatever was loaded."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, **options: Any) -> None:
+        """Notes the decay that the configuration gave each group."""
+        super().__init__(optimizer, **options)
+        self.decays = [group["weight_decay"] for group in optimizer.param_groups]
+
+    def step_update(self, num_updates: int, metric: float | None = None) -> None:
+        """Sets the learning rate and the decay of every group for step `num_updates`, which alone decides them."""
+        super().step_update(num_updates, metric)  # type: ignore[arg-type]
+        for group, decay in zip(self.optimizer.param_groups, self.decays, strict=True):
+            group["weight_decay"] = decay
+
+
+def members_of_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+    """Returns the names of the parameters in each group of an optimiser; neither model nor optimiser is prepared."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+
+
 def build_schedule(
     optimizer: torch.optim.Optimizer, config: OptimizerConfig, global_batch: int, warmup_steps: int, total_steps: int
-) -> CosineLRScheduler:
-    """Returns timm's cosine schedule; `step_update(step)` sets every group and depends on nothing but the step."""
-    return CosineLRScheduler(
+) -> StepSchedule:
+    """Returns the schedule; `step_update(step)` sets every group and depends on nothing but the step."""
+    return StepSchedule(
         optimizer,
         t_initial=max(total_steps - warmup_steps, 1),
         lr_min=config.least_learning_rate(global_batch),

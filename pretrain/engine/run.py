@@ -6,16 +6,18 @@ import importlib.metadata
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from pretrain.engine.checkpoint import (
+    CheckpointConfig,
     Checkpoints,
     Saved,
     beginning,
     engine_kind,
     find_checkpoint,
+    refuse_other_engine,
 )
 from pretrain.engine.distributed import Processes
 from pretrain.engine.failures import means_full_disk
@@ -92,8 +94,10 @@ def open_run(
     resume: str,
     tracking: TrackingMode,
     identity: dict[str, Any],
-    keep_last: int,
+    stays: CheckpointConfig,
     told: dict[str, str] | None = None,
+    overridden: Collection[str] = (),
+    override: bool = False,
 ) -> Iterator[Run]:
     """Opens a run folder for this job and leaves its outcome there, however the run ends.
 
@@ -106,18 +110,29 @@ def open_run(
         resume: `auto`, `never`, or a checkpoint's folder.
         tracking: Whether W&B is used.
         identity: What must not change between attempts (data, order, seed, model), under the names of its fields.
-        keep_last: Checkpoints that stay.
+        stays: Which checkpoints stay.
         told: How to tell what a value of `identity` stands for, such as the place of data, under the same names.
+        overridden: Names in `identity` whose change does no harm to who insists on it.
+        override: Whether one insists.
 
     Raises:
         Refused: Another job owns the run, its checkpoints cannot be read, or `identity` has changed.
     """
     folder = Path(out)
+
+    def find_saved() -> Saved | None:
+        saved = find_checkpoint(folder / CHECKPOINTS, resume)
+        if saved:
+            refuse_other_engine(saved, processes)
+            refuse_changes(saved, stage, identity, told or {}, overridden, override)
+            logger.info("going on from step %d (%s)", saved.step, saved.folder)
+        return saved
+
     lock = processes.on_main_only(lambda: _claim(folder))
     started = time.time()
     run = None
     try:
-        saved = processes.on_main(lambda: _find_saved(folder, resume, stage, identity, told or {}))
+        saved = processes.on_main(lambda: find_saved())
         state = {
             "stage": stage,
             "identity": identity,
@@ -132,7 +147,7 @@ def open_run(
             state["run_id"] = saved.state.get("run_id")
             if resume == "auto":
                 state["begun"] = saved.state.get("begun", "auto")
-        checkpoints = Checkpoints(folder / CHECKPOINTS, processes, lock, keep_last)
+        checkpoints = Checkpoints(folder / CHECKPOINTS, processes, lock, stays)
         run = Run(folder, processes, config_yaml, tracking, checkpoints, saved, state)
         yield run
     except BaseException as raised:
@@ -144,25 +159,66 @@ def open_run(
     _end(run, lock, folder, EXIT_DONE, "done", started)
 
 
-def _find_saved(folder: Path, resume: str, stage: str, identity: dict[str, Any], told: dict[str, str]) -> Saved | None:
-    saved = find_checkpoint(folder / CHECKPOINTS, resume)
-    if saved:
-        refuse_changes(saved, stage, identity, told)
-        logger.info("going on from step %d (%s)", saved.step, saved.folder)
-    return saved
+def refuse_changes(
+    saved: Saved,
+    stage: str,
+    identity: dict[str, Any],
+    told: dict[str, str],
+    overridden: Collection[str] = (),
+    override: bool = False,
+) -> None:
+    """Raises `Refused` if a checkpoint was written by another stage or with another identity, naming all that differs.
 
-
-def refuse_changes(saved: Saved, stage: str, identity: dict[str, Any], told: dict[str, str]) -> None:
-    """Raises `Refused` if a checkpoint was written by another stage or with another identity."""
+    See `open_run` for the arguments.
+    """
     if saved.state["stage"] != stage:
         raise Refused(f"{saved.folder}: was written by {saved.state['stage']}, not by {stage}; give another --out")
     before, told_before = saved.state["identity"], saved.state.get("told", {})
-    for name, value in identity.items():
-        if name in before and before[name] != value:
-            raise Refused(
-                f"{name}: is {told.get(name, value)}, but {saved.folder} was written with "
-                f"{told_before.get(name, before[name])}; use that again or give another --out"
-            )
+    changed = [name for name, value in identity.items() if name in before and before[name] != value]
+    if not changed:
+        return
+    differences = [
+        f"{name}: is {told.get(name, identity[name])}, but {saved.folder} was written with "
+        f"{told_before.get(name, before[name])}"
+        for name in changed
+    ]
+    fixed = [name for name in changed if name not in overridden]
+    if override and not fixed:
+        logger.warning("%s; it is changed from here on", "; ".join(differences))
+        return
+    again = "that" if len(changed) == 1 else "those"
+    if not fixed:
+        remedy = f"use {again} again, give another --out, or insist with --override_config true"
+    else:
+        remedy = f"use {again} again or give another --out"
+        if override:
+            remedy += f"; --override_config cannot change {', '.join(fixed)}"
+    raise Refused(f"{'; '.join(differences)}; {remedy}")
+
+
+def refuse_other_groups(saved: Saved, groups: list[list[str]]) -> None:
+    """Raises `Refused` if the optimiser that wrote a checkpoint grouped the parameters in another way.
+
+    Args:
+        saved: The checkpoint.
+        groups: The names of the parameters in each group of the optimiser of now.
+    """
+    before = saved.state.get("groups", groups)
+    if before == groups:
+        return
+    place, place_before = (
+        {name: number for number, group in enumerate(members) for name in group} for members in (groups, before)
+    )
+    if len(groups) != len(before):
+        raise Refused(
+            f"optimizer.layer_decay: makes {len(groups)} groups of parameters, but {saved.folder} was written with "
+            f"{len(before)}; use the layer_decay that it was written with, or give another --out"
+        )
+    moved = sorted(name for name in place.keys() | place_before.keys() if place_before.get(name) != place.get(name))
+    raise Refused(
+        f"{saved.folder}: holds another model than the configuration describes ({', '.join(moved[:3]) or 'the order'} "
+        f"of its parameters differs); start with the configuration and the Tubelet that wrote it or another --out"
+    )
 
 
 def _claim(folder: Path) -> RunLock:
@@ -202,6 +258,8 @@ def _end(run: Run | None, lock: RunLock | None, folder: Path, code: int, reason:
     with contextlib.suppress(OSError):  # a full disk must not hide why the run ended
         if not lock.is_held():
             return
-        outcome = {"exit_code": code, "reason": reason, "attempt": lock.owner.attempt}
+        owner = lock.owner
+        outcome = {"exit_code": code, "reason": reason, "attempt": owner.attempt}
+        outcome |= {"job": owner.job, "restarts": owner.restarts}  # slurm/job.sh knows its own attempt by them
         write_json(folder / "outcome.json", outcome | {"seconds": round(time.time() - started, 1), "pid": os.getpid()})
         lock.release()

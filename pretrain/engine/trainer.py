@@ -47,6 +47,7 @@ class Plan:
 
     Attributes:
         first_step: Steps done already.
+        samples_read: Samples that these steps read.
         samples_padded: Samples that were too short for their time window in these steps.
         steps: Steps in the whole run.
         accumulation: Micro-batches in a step.
@@ -61,6 +62,7 @@ class Plan:
     """
 
     first_step: int
+    samples_read: int
     samples_padded: int
     steps: int
     accumulation: int
@@ -138,7 +140,7 @@ class Trainer:
         self.validation = validation
         self.on_checkpoint = on_checkpoint
         self.keys_path = keys_path
-        self.samples_read = plan.first_step * plan.samples_per_step
+        self.samples_read = plan.samples_read
         self.samples_padded = plan.samples_padded
         before = processes.on_main(lambda: _count_skipped(read_metrics(skipped_path)))
         self.samples_skipped, self.samples_quarantined = before
@@ -177,7 +179,7 @@ class Trainer:
                 previous = None
                 if saves:
                     self._check_before_saving(done)
-                    state = self.state | {"samples_padded": self.samples_padded}
+                    state = self.state | {"samples_read": self.samples_read, "samples_padded": self.samples_padded}
                     self.checkpoints.save(done, self.model, self.optimizer, state)
                     if self.on_checkpoint:
                         self.on_checkpoint(self.model)

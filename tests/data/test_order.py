@@ -124,6 +124,29 @@ def test_a_step_takes_the_next_positions_of_its_epoch(order, step):
 
 
 @EXAMPLES
+@given(orders(), st.integers(0, 30), st.data())
+def test_an_order_with_another_global_batch_goes_on_where_the_one_before_it_stopped(before, step, data):
+    batches = range(before.lanes, before.samples + 1, before.lanes)
+    after = dataclasses.replace(before, global_batch=data.draw(st.sampled_from(batches))).going_on_from(before, step)
+    epoch, read = divmod(step, before.steps_per_epoch)
+    read *= before.global_batch
+    steps = (before.samples - read) // after.global_batch
+    slices = [after.step(number) for number in range(step, step + steps + after.steps_per_epoch)]
+    rest = np.concatenate([np.array([], dtype=int), *(np.sort(one.positions) for one in slices[:steps])])
+    assert rest.tolist() == list(range(read, read + steps * after.global_batch))
+    assert {one.epoch for one in slices[:steps]} <= {epoch}
+    following = np.concatenate([np.sort(one.positions) for one in slices[steps:]])
+    assert following.tolist() == list(range(after.steps_per_epoch * after.global_batch))
+    assert {one.epoch for one in slices[steps:]} == {epoch + 1}
+    for one in slices:
+        assert np.array_equal(one.samples, before.epoch_order(one.epoch)[one.positions])
+        assert sorted(one.places.tolist()) == list(range(after.global_batch))
+    assert after.length_in_steps(epoch + 2) == step + len(slices)
+    again = dataclasses.replace(before, global_batch=before.global_batch).going_on_from(after, step + len(slices))
+    assert again.reached(step + len(slices)) == (epoch + 2, 0)
+
+
+@EXAMPLES
 @given(orders(), st.integers(0, 20))
 def test_every_world_reads_the_same_step_in_the_same_places(order, step):
     whole = order.step(step)

@@ -43,8 +43,8 @@ def trained(
     return model, optimizer
 
 
-def opened(out: Path, processes: Processes, keep_last: int = 2) -> Checkpoints:
-    return Checkpoints(out / "checkpoints", processes, RunLock(out), keep_last)
+def opened(out: Path, processes: Processes, **stays: int) -> Checkpoints:
+    return Checkpoints(out / "checkpoints", processes, RunLock(out), CheckpointConfig(**stays))
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path, processes):
@@ -133,11 +133,18 @@ def test_a_damaged_older_checkpoint_does_not_count_among_those_that_stay(tmp_pat
     for step in (5, 10, 15):
         written.save(step, *trained(processes, seed=step), STATE)
     (written.folder / "step-00000010" / "optimizer.pt").write_bytes(b"torn")
-    later = Checkpoints(written.folder, processes, written.lock, keep_last=3)
+    later = Checkpoints(written.folder, processes, written.lock, CheckpointConfig(keep_last=3))
     later.save(20, *trained(processes, seed=20), STATE)
     assert names(later) == ["step-00000005", "step-00000010", "step-00000015", "step-00000020"]
     later.save(25, *trained(processes, seed=25), STATE)
     assert names(later) == ["step-00000015", "step-00000020", "step-00000025"]
+
+
+def test_what_stays_for_good_stays_beside_the_newest_and_counts_among_them(tmp_path, processes):
+    checkpoints = opened(tmp_path, processes, every=5, keep_last=2, keep_every=15)
+    for step in range(5, 50, 5):
+        checkpoints.save(step, *trained(processes, seed=step), STATE)
+    assert [int(name[-8:]) for name in names(checkpoints)] == [15, 30, 40, 45]
 
 
 def test_an_old_checkpoint_that_cannot_be_removed_costs_one_warning(tmp_path, processes, caplog):
@@ -190,7 +197,13 @@ def test_a_run_goes_on_when_it_is_started_again_by_the_command_that_began_it(tmp
         find_checkpoint(checkpoints.folder, resume)
 
 
-@pytest.mark.parametrize("changes", [{"every": 0}, {"keep_last": 0}])
+def test_checkpoints_that_would_never_come_to_stay_for_good_are_refused():
+    CheckpointConfig(every=5, keep_every=15).validate()
+    with pytest.raises(Refused, match=r"keep_every: 12 is no multiple of checkpoint.every 5; use 15"):
+        CheckpointConfig(every=5, keep_every=12).validate()
+
+
+@pytest.mark.parametrize("changes", [{"every": 0}, {"keep_last": 0}, {"keep_every": 0}])
 def test_intervals_below_one_are_refused(changes):
     with pytest.raises(Refused, match=f"checkpoint.{next(iter(changes))}: 0 must be at least 1"):
         CheckpointConfig(**changes).validate()

@@ -1,11 +1,20 @@
 """Processes: what they tell each other, and that all ranks together read what one would."""
 
+import socket
+
 import pytest
 import torch
 
 from pretrain.data.loader import MicroBatches
 from pretrain.data.order import Order
-from pretrain.engine.distributed import LAUNCHER_VARIABLES, Processes, first_host, launched_rank, launched_world
+from pretrain.engine.distributed import (
+    LAUNCHER_VARIABLES,
+    Processes,
+    address_of,
+    first_host,
+    launched_rank,
+    launched_world,
+)
 from pretrain.errors import Refused, TubeletError
 
 ORDER = Order((5, 7, 3, 9), seed=4, lanes=4, shards_per_window=2, global_batch=8)
@@ -92,6 +101,28 @@ def test_the_tasks_of_srun_are_ranks_unless_another_launcher_stands_between(monk
 )
 def test_the_first_host_of_a_list_of_nodes(nodes, first):
     assert first_host(nodes) == first
+
+
+def test_a_node_that_resolves_is_met_by_its_name_and_one_that_nobody_knows_is_refused(monkeypatch):
+    assert address_of("localhost") == "localhost"
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(Refused, match=r"srun: the first node, node1\.invalid, resolves to no address; set MASTER_ADDR"):
+        address_of("node1.invalid")
+
+
+def test_a_port_that_another_program_has_taken_is_refused_by_rank_0(monkeypatch, no_launcher):
+    told = {"STEP_NUM_TASKS": "2", "PROCID": "0", "LOCALID": "0", "STEP_NODELIST": "localhost", "STEP_ID": "0"}
+    for name, value in (told | {"JOB_ID": "7"}).items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        with pytest.raises(
+            Refused, match=rf"MASTER_PORT: {port} on .* cannot be used \(Address already in use\); set it"
+        ):
+            Processes()
 
 
 def test_an_accelerate_that_was_told_another_accumulation_is_refused_and_leaves_the_process_usable(monkeypatch):

@@ -122,3 +122,15 @@ def test_one_kernel_updates_as_the_plain_formula_does():
 def test_values_that_cannot_train_are_refused(fields, message):
     with pytest.raises(Refused, match=message):
         OptimizerConfig(**fields).validate()
+
+
+def test_every_step_sets_the_decay_of_every_group_whatever_a_checkpoint_said():
+    optimizer = build_optimizer(model_of(), OptimizerConfig(weight_decay=0.3), 256)
+    schedule = build_schedule(optimizer, OptimizerConfig(), 256, 2, 10)
+    configured = [group["weight_decay"] for group in optimizer.param_groups]
+    assert sorted(configured) == [0.0, 0.3]
+    for group in optimizer.param_groups:
+        group.update(weight_decay=0.7, lr=9.0)
+    schedule.step_update(5)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == configured
+    assert all(group["lr"] < 1 for group in optimizer.param_groups)

@@ -7,8 +7,10 @@ import os
 import pytest
 import torch
 
+from pretrain.engine.checkpoint import CheckpointConfig
 from pretrain.engine.distributed import Processes
-from pretrain.engine.run import open_run
+from pretrain.engine.manifest import Saved
+from pretrain.engine.run import open_run, refuse_other_groups
 from pretrain.errors import DiskFull, Refused, StoppedByRule
 from pretrain.files import append_json_lines
 
@@ -21,7 +23,7 @@ def processes():
 
 def opened(out, processes, identity=None, resume="auto", stage="pretrain"):
     identity = identity or {"seed": 0}
-    return open_run(str(out), processes, stage, {"seed": 0}, "seed: 0\n", resume, "none", identity, 2)
+    return open_run(str(out), processes, stage, {"seed": 0}, "seed: 0\n", resume, "none", identity, CheckpointConfig())
 
 
 def save(run, step: int) -> None:
@@ -150,3 +152,47 @@ def test_a_folder_that_cannot_be_made_is_refused_by_name(tmp_path, processes):
     (tmp_path / "file").write_text("")
     with pytest.raises(Refused, match=r"file/run: cannot be written \(Not a directory\); give another --out"):
         opened(tmp_path / "file" / "run", processes).__enter__()
+
+
+def test_every_field_that_differs_is_named_and_only_what_may_change_can_be_insisted_on(tmp_path, processes, caplog):
+    def reopened(identity, override):
+        return open_run(
+            str(tmp_path), processes, "pretrain", {}, "", "auto", "none", identity, CheckpointConfig(),
+            overridden={"data.global_batch", "mask.ratio"}, override=override,
+        )  # fmt: skip
+
+    written = {"data.shards": "a", "data.global_batch": 4, "mask.ratio": 0.5, "encoder.heads": 2}
+    with opened(tmp_path, processes, written) as run:
+        save(run, 1)
+    checkpoint = f"{tmp_path}/checkpoints/step-00000001"
+    harmless = written | {"data.global_batch": 8, "mask.ratio": 0.75}
+    told = (
+        f"data.global_batch: is 8, but {checkpoint} was written with 4; "
+        f"mask.ratio: is 0.75, but {checkpoint} was written with 0.5; "
+    )
+    with pytest.raises(Refused) as refusal, reopened(harmless, override=False):
+        pass
+    assert str(refusal.value) == f"{told}use those again, give another --out, or insist with --override_config true"
+    with reopened(harmless, override=True) as run:
+        assert run.first_step == 1
+    assert f"{told[:-2]}; it is changed from here on" in caplog.text
+    with (
+        pytest.raises(Refused) as refusal,
+        reopened(harmless | {"data.shards": "b", "encoder.heads": 4}, override=True),
+    ):
+        pass
+    assert str(refusal.value).startswith(f"data.shards: is b, but {checkpoint} was written with a; {told}encoder.heads")
+    assert str(refusal.value).endswith("give another --out; --override_config cannot change data.shards, encoder.heads")
+
+
+def test_a_checkpoint_whose_optimiser_grouped_the_parameters_otherwise_is_refused(tmp_path):
+    groups = [["a.weight", "b.weight"], ["a.bias"]]
+    saved = Saved(tmp_path, 1, {"groups": groups})
+    refuse_other_groups(saved, groups)
+    refuse_other_groups(Saved(tmp_path, 1, {}), groups)
+    with pytest.raises(
+        Refused, match=r"optimizer.layer_decay: makes 3 groups of parameters, but .* was written with 2"
+    ):
+        refuse_other_groups(saved, [["a.weight"], ["b.weight"], ["a.bias"]])
+    with pytest.raises(Refused, match=r"holds another model than the configuration describes \(a.bias, b.weight of"):
+        refuse_other_groups(saved, [["a.weight", "a.bias"], ["b.weight"]])

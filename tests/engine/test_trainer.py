@@ -17,7 +17,7 @@ from pretrain.data.loader import Batch, MicroBatches
 from pretrain.data.order import Order
 from pretrain.data.shards import ShardSet
 from pretrain.data.training_clips import Costs
-from pretrain.engine.checkpoint import Checkpoints, engine_kind, find_checkpoint
+from pretrain.engine.checkpoint import CheckpointConfig, Checkpoints, engine_kind, find_checkpoint
 from pretrain.engine.distributed import Processes
 from pretrain.engine.optimizer import OptimizerConfig, build_schedule
 from pretrain.engine.ownership import RunLock
@@ -98,6 +98,7 @@ def test_too_many_samples_that_cannot_be_decoded_stop_the_run_and_are_listed(rec
 def trainer_of(out: Path, processes: Processes, objective, checkpoint_every: int = 1) -> Trainer:
     """A trainer of one small layer for three steps."""
     plan = Plan(
+        samples_read=0,
         first_step=0,
         samples_padded=0,
         steps=3,
@@ -114,7 +115,7 @@ def trainer_of(out: Path, processes: Processes, objective, checkpoint_every: int
     layer = torch.nn.Linear(2, 2)
     model, optimizer = processes.prepare(layer, torch.optim.AdamW(layer.parameters()))
     schedule = build_schedule(optimizer, OptimizerConfig(), 1, 0, plan.steps)
-    checkpoints = Checkpoints(out / "checkpoints", processes, RunLock(out), 2)
+    checkpoints = Checkpoints(out / "checkpoints", processes, RunLock(out), CheckpointConfig())
     tracker = Tracker(out, "none", {}, "pretrain")
     state = {"engine": engine_kind(processes)}
     return Trainer(

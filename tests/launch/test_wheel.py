@@ -26,11 +26,15 @@ def read(wheel: zipfile.ZipFile, ending: str) -> str:
     return wheel.read(name).decode()
 
 
-def test_a_wheel_carries_recipes_template_and_command(wheel):
+def test_a_wheel_carries_recipes_batch_scripts_template_and_command(wheel):
     recipes = [Path("pretrain", path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.*")]
     assert len(recipes) > 10
+    scripts = [Path("launch/batch", path.name) for path in (ROOT / "slurm").iterdir()]
+    assert len(scripts) > 4
     modules = [path.relative_to(ROOT) for path in MODULES]
-    assert {str(path) for path in [*modules, *recipes, Path("pretrain/report.html.jinja")]} <= set(wheel.namelist())
+    assert {str(path) for path in [*modules, *recipes, *scripts, Path("pretrain/report.html.jinja")]} <= set(
+        wheel.namelist()
+    )
     assert "tubelet = launch.cli:main" in read(wheel, "entry_points.txt")
 
 

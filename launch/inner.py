@@ -1,0 +1,133 @@
+"""The command that `tubelet launch` starts on many processes, checked before the first of them is started."""
+
+import dataclasses
+from typing import Any
+
+from launch.arguments import PACK, named
+from pretrain.errors import Refused
+
+COMMANDS = ("pretrain", "finetune", "pack")
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    """A subcommand of `tubelet` with its command line.
+
+    Attributes:
+        name: One of `COMMANDS`.
+        arguments: What follows it.
+        out: The folder that it writes to.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    out: str = ""
+
+
+def split_chain(arguments: list[str]) -> tuple[list[str], list[Inner]]:
+    """Separates the options of `tubelet launch` from the commands after `--`, and those from each other at `--then`.
+
+    Returns:
+        The options, and one or two commands.
+
+    Raises:
+        Refused: There is no command, it cannot be launched, or the commands do not follow each other.
+    """
+    if "--" not in arguments:
+        raise Refused("launch: what to launch is missing; give it after --, such as -- pretrain --config videomae_b")
+    place = arguments.index("--")
+    chain: list[list[str]] = [[]]
+    for argument in arguments[place + 1 :]:
+        if argument == "--then":
+            chain.append([])
+        else:
+            chain[-1].append(argument)
+    for command in chain:
+        if not command or command[0] not in COMMANDS:
+            named = command[0] if command else "nothing"
+            raise Refused(f"launch: {named} cannot be launched; after -- or --then give {', '.join(COMMANDS)}")
+    if len(chain) > 1 and [command[0] for command in chain] != ["pretrain", "finetune"]:
+        raise Refused("launch: --then joins pretrain and finetune; launch anything else by itself, with --dependency")
+    return arguments[:place], [Inner(command[0], tuple(command[1:])) for command in chain]
+
+
+def checked_chain(chain: list[Inner], worlds: list[int], waits: bool = False) -> list[Inner]:
+    """Returns commands with their folders, after refusing what they would refuse themselves when they start.
+
+    A finetuning that follows a pretraining starts from its encoder unless it names another.
+
+    Args:
+        chain: The commands, each started when the one before it is done.
+        worlds: Number of processes that will run each.
+        waits: Whether the first starts after other jobs, which may make what it reads.
+
+    Raises:
+        Refused: Something is wrong with one, in the words of the command itself, or two write to one folder.
+    """
+    done: list[Inner] = []
+    for inner, world in zip(chain, worlds, strict=True):
+        if done and not _has_option(inner, "--encoder"):
+            inner = dataclasses.replace(inner, arguments=(*inner.arguments, "--encoder", done[-1].out))
+        inner = _checked(inner, world, waits or bool(done))
+        if inner.name != "pack" and not _has_option(inner, "--out"):
+            inner = dataclasses.replace(inner, arguments=(*inner.arguments, "--out", inner.out))
+        if done and inner.out == done[-1].out:
+            raise Refused(f"out: {inner.name} and {done[-1].name} both write to {inner.out}; give each its own --out")
+        done.append(inner)
+    return done
+
+
+def _has_option(inner: Inner, name: str) -> bool:
+    return any(argument.split("=")[0] == name for argument in inner.arguments)
+
+
+def _checked(inner: Inner, world: int, waits: bool) -> Inner:
+    if {"-h", "--help", "--print_config", "--print-config"} & set(inner.arguments):
+        raise Refused(f"launch: tubelet {inner.name} --help or --print_config starts nothing; run it by itself")
+    if inner.name == "pack":
+        return _checked_pack(inner)
+    config = _read(inner)
+    config.validate()
+    config.accumulation(world)
+    if config.deepspeed:
+        from pretrain.commandline import find_recipe
+
+        find_recipe(config.deepspeed, "deepspeed", ".json")
+    if not waits:
+        _refuse_missing_input(config)
+    return dataclasses.replace(inner, out=config.out)
+
+
+def _read(inner: Inner) -> Any:
+    from finetune.config import FinetuneConfig
+    from pretrain.commandline import parse
+    from pretrain.config import PretrainConfig
+
+    return parse(
+        {"pretrain": PretrainConfig, "finetune": FinetuneConfig}[inner.name], inner.name, list(inner.arguments)
+    )
+
+
+def _refuse_missing_input(config: Any) -> None:
+    """Raises `Refused` where shards or weights cannot be opened, or the run is shorter than its warm-up."""
+    from pretrain.stage import open_sets, open_shards, order_of
+    from pretrain.weights import find_encoder
+
+    order = order_of(config, *open_sets(config.data))
+    config.total_steps(order.steps_per_epoch)
+    if config.validation.shards:
+        open_shards("validation.shards", config.validation.shards, config.data.clip, config.data.cache)
+    weights = getattr(config, "init", None) or getattr(config, "encoder", None)
+    if isinstance(weights, str):
+        find_encoder(weights)
+
+
+def _checked_pack(inner: Inner) -> Inner:
+    from pretrain.commandline import parse_plain
+    from pretrain.data.pack import PackConfig
+
+    config = parse_plain(PackConfig, "pack", named(list(inner.arguments), PACK), PACK)
+    config.validate()
+    if config.part is not None:
+        raise Refused("part: the tasks of the array pack one part each; drop --part and give launch slurm --array")
+    return dataclasses.replace(inner, out=config.out)

@@ -1,0 +1,73 @@
+"""`tubelet launch slurm` on a real SLURM: what it submits, chains, and what it says when SLURM refuses."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.cluster.jobs import jobs_of
+from tests.runs import ROOT
+from tests.videos import make_video
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            ["--partition", "nosuch"],
+            "tubelet: sbatch: invalid partition specified: nosuch; Batch job submission failed: ",
+        ),
+        (["--time", "soon"], "tubelet: sbatch: Invalid --time specification"),
+    ],
+)
+def test_a_refused_submission_is_told_in_slurm_s_words(cluster, launch, recipe, tmp_path, options, words):
+    small = ["--gpus", 0, *options, "--", "pretrain", "--config", recipe, "--steps", 8]
+    code, said = launch(
+        *small, "--data.global_batch", 9, "--data.lanes", 1, "--data.micro_batch", 1, "--out", tmp_path / "run"
+    )
+    assert code == 2
+    assert words in said
+    assert said.count("\n") == 1
+    assert not cluster.ask("squeue", "--noheader")
+
+
+def test_packing_in_an_array_makes_the_set_of_one_process(cluster, launch, tmp_path):
+    for number in range(6):
+        make_video(tmp_path / "videos" / f"{number}.mp4", frames=10, seed=number)
+    options = ["--short-side", 32, "--samples-per-shard", 2]
+    code, said = launch("--array", "0-1", "--cpus", 1, "--", "pack", tmp_path / "videos", tmp_path / "shards", *options)
+    assert code == 0, said
+    _, merge = jobs_of(cluster, tmp_path, said)
+    assert merge.wait() == "COMPLETED", merge.text
+    alone = [sys.executable, "-m", "launch", "pack", tmp_path / "videos", tmp_path / "alone", *options, "--jobs", 1]
+    subprocess.run(list(map(str, alone)), cwd=ROOT, check=True, capture_output=True)
+    index, expected = ((tmp_path / name / "index.json").read_bytes() for name in ("shards", "alone"))
+    assert index == expected
+
+
+def test_a_finetuning_follows_the_pretraining_that_it_starts_from(cluster, launch, recipe, tmp_path):
+    finetune = tmp_path / "finetune.yaml"
+    finetune.write_text(re.sub(r"(encoder|decoder|mask): .*\n", "", recipe.read_text()))
+    pretrained, finetuned = tmp_path / "pretrained", tmp_path / "finetuned"
+    first = ["pretrain", "--config", recipe, "--steps", 6, "--out", pretrained]
+    second = ["finetune", "--config", finetune, "--steps", 6, "--out", finetuned]
+    code, said = launch("--gpus", 0, "--cpus", 1, "--", *first, "--then", *second)
+    assert code == 0, said
+    jobs = jobs_of(cluster, tmp_path, said)
+    assert [job.wait() for job in jobs] == ["COMPLETED", "COMPLETED"], jobs[0].text + jobs[1].text
+    assert json.loads((finetuned / "outcome.json").read_text())["exit_code"] == 0
+    assert f"encoder: {pretrained}" in (finetuned / "config.yaml").read_text()
+
+
+def test_a_script_that_a_dry_run_printed_can_be_submitted_by_itself(cluster, launch, submit, recipe, tmp_path):
+    out = tmp_path / "run"
+    code, said = launch(
+        "--gpus", 0, "--cpus", 1, "--dry-run", "--", "pretrain", "--config", recipe, "--steps", 6, "--out", out
+    )
+    assert code == 0, said
+    (tmp_path / "printed.sbatch").write_text(said)
+    job = submit(tmp_path / "printed.sbatch")
+    assert job.wait() == "COMPLETED", job.text
+    assert json.loads((out / "outcome.json").read_text())["exit_code"] == 0
