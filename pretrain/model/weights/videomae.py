@@ -183,4 +183,4 @@ def _authors_decoder(source: Source) -> Decoder:
     weights = _stack(source, "decoder.blocks", depth, "decoder_blocks", _authors_block) | modules(source, DECODER)
     width = len(weights["decoder_norm.bias"])
     hidden = len(weights["decoder_blocks.0.mlp.fc1.bias"])
-    return _with_entrance(source, weights, depth, hidden, DECODER_HEADS.get(width, width // 64), "normalised")
+    return _with_entrance(source, weights, depth, hidden, DECODER_HEADS.get(width, max(width // 64, 1)), "normalised")
