@@ -11,6 +11,7 @@ from pretrain.data.order import nearest_divisor, nearest_multiple
 from pretrain.engine.checkpoint import CheckpointConfig
 from pretrain.engine.distributed import Precision
 from pretrain.engine.optimizer import OptimizerConfig
+from pretrain.engine.preemption import StoppingConfig
 from pretrain.engine.tracking import TrackingMode
 from pretrain.errors import Refused
 from pretrain.model.encoder import EncoderConfig
@@ -84,6 +85,8 @@ class RunConfig:
     """AdamW and the learning rate."""
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     """Checkpoints."""
+    stopping: StoppingConfig = dataclasses.field(default_factory=StoppingConfig)
+    """Limits of time."""
 
     def validate(self) -> None:
         """Raises `Refused` for whatever is wrong, before anything is allocated."""
@@ -107,6 +110,7 @@ class RunConfig:
         self.data.clip.validate()
         self.optimizer.validate()
         self.checkpoint.validate()
+        self.stopping.validate()
 
     def accumulation(self, world: int) -> int:
         """Returns the micro-batches in a step; raises `Refused` where they do not come out even."""

@@ -8,6 +8,7 @@ EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
 EXIT_STOPPED = 3
+EXIT_GO_ON_LATER = 75
 EXIT_INTERRUPTED = 130
 
 
@@ -34,6 +35,18 @@ class StoppedByRule(TubeletError):
 
     exit_code = EXIT_STOPPED
     told = True
+
+
+class Preempted(TubeletError):
+    """A signal or a limit of time ended the work before its end; what is saved goes on by the same command."""
+
+    exit_code = EXIT_GO_ON_LATER
+
+
+class Interrupted(Preempted):
+    """Ctrl-C ended the work before its end."""
+
+    exit_code = EXIT_INTERRUPTED
 
 
 class BadSample(TubeletError):

@@ -199,6 +199,7 @@ def open_stage(
         told,
         overridden_fields(order, trained),
         config.override_config,
+        config.stopping,
     )
 
 
@@ -260,6 +261,7 @@ def train(
     Raises:
         Refused: The checkpoint holds another model.
         StoppedByRule: A rule stopped the run.
+        Preempted: A signal or a limit of time ended it. The model returned raises it too, when it is used.
     """
     processes = run.processes
     accumulation = config.accumulation(processes.world)
@@ -292,6 +294,7 @@ def train(
         checkpoint_every=config.checkpoint.every,
         validate_every=validate_every,
         max_bad_share=config.data.max_bad_share,
+        unvalidated=run.saved.state.get("unvalidated") if run.saved else None,
     )
     trainer = Trainer(
         plan,
@@ -307,6 +310,8 @@ def train(
         validation,
         export,
         run.out / KEYS if config.log_keys else None,
+        run.stop,
+        run.watchdog,
     )
     requests = MicroBatches(
         order, range(run.first_step, steps), config.data.micro_batch, processes.world, processes.rank
@@ -314,6 +319,7 @@ def train(
     trainer.train(batches_of(clips, requests, pin_memory=processes.device.type == "cuda"), run.state["stage"])
     if run.first_step >= steps:  # the last attempt ended between its last checkpoint and the export
         export(model)
+    run.stop.abandon_forward(model, processes, "after its last step, which is saved")
     return model
 
 

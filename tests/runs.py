@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 TIMEOUT_S = 120
 
 TEMPLATE = """
-import importlib, json, os, signal, sys
+import importlib, json, os, signal, sys, time
 os.environ["DS_ACCELERATOR"] = "cpu"
 import accelerate, decord, deepspeed, deepspeed.runtime.zero.muon.original_muon, deepspeed.runtime.zero.stage3
 import finetune.finetuning, finetune.predict, launch.cli, matplotlib.backends.backend_svg, pretrain.pretraining, torch
@@ -40,6 +40,9 @@ def child(order):
     if order["limit_bytes"]:
         import resource
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["limit_bytes"],) * 2)
+    if order["sync_s"]:
+        sync = os.fsync
+        os.fsync = lambda descriptor: (time.sleep(order["sync_s"]), sync(descriptor))
     if order["kill_at"] is not None:
         import pathlib, tests.drills.kill_points
         tests.drills.kill_points.install(order["kill_at"], pathlib.Path(order["output"]).with_suffix(".operations"))
@@ -127,6 +130,7 @@ def start(
     world: int = 1,
     environment: dict[str, str] | None = None,
     limit_bytes: int = 0,
+    sync_s: float = 0,
     kill_at: int | None = None,
 ) -> Started:
     """Starts `python -m MODULE ARGUMENTS` in `world` processes.
@@ -138,6 +142,7 @@ def start(
         world: Number of processes.
         environment: More variables.
         limit_bytes: Largest file that the processes may write; 0 for no limit.
+        sync_s: Seconds that a slow disk takes to write a file through.
         kill_at: At which of the file operations of its saves rank 0 kills itself, 0 for never; None watches none.
     """
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
@@ -152,6 +157,7 @@ def start(
             "environment": (ranked if world > 1 else {}) | (environment or {}),
             "output": str(output),
             "limit_bytes": limit_bytes,
+            "sync_s": sync_s,
             "kill_at": kill_at if rank == 0 else None,
         }
         output.touch()

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from pretrain.data.decode_child import SharedBuffer
+from pretrain.data.processes import signals_held_back
 from pretrain.data.video import Allocate, DecoderName, VideoReader, open_video
 from pretrain.errors import BadSample, Refused, TubeletError
 
@@ -39,8 +40,6 @@ CHILD_ENVIRONMENT = {
 }
 KEPT_BYTES = 64 * 2**20
 """What stays of the shared memory between two videos."""
-HELD_BACK = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
-"""Signals that a terminal or a scheduler sends to all processes of a run, and that are for the run alone."""
 
 
 def open_video_apart(
@@ -232,18 +231,18 @@ def _spawned(owner: int, decoder: DecoderName) -> tuple[subprocess.Popen[bytes],
     """Starts a child with modules of the same places as this process, and returns it with the descriptor it shares."""
     places = os.pathsep.join(place or os.getcwd() for place in sys.path)
     descriptor = -1
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)  # the child inherits what is blocked
     try:
         descriptor = os.memfd_create("decoded video")
-        process = subprocess.Popen(
-            # -P, or files of the current folder that are called like modules would be taken for them
-            [sys.executable, "-P", "-m", "pretrain.data.decode_child", str(owner), str(descriptor), decoder],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            pass_fds=(descriptor,),
-            env=os.environ | CHILD_ENVIRONMENT | {"PYTHONPATH": places},
-        )
+        with signals_held_back():
+            process = subprocess.Popen(
+                # -P, or files of the current folder that are called like modules would be taken for them
+                [sys.executable, "-P", "-m", "pretrain.data.decode_child", str(owner), str(descriptor), decoder],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                bufsize=0,
+                pass_fds=(descriptor,),
+                env=os.environ | CHILD_ENVIRONMENT | {"PYTHONPATH": places},
+            )
     except OSError as error:
         if descriptor >= 0:
             os.close(descriptor)
@@ -251,8 +250,6 @@ def _spawned(owner: int, decoder: DecoderName) -> tuple[subprocess.Popen[bytes],
             f"data.decode_limit_s: no process that decodes can be started ({error.strerror}); use fewer data.workers, "
             f"raise `ulimit -n` and `ulimit -u`, or set 0 to decode without"
         ) from error
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return process, descriptor
 
 

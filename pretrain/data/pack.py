@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import errno
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,17 +21,18 @@ from pretrain.data.pack_plan import PackPlan, PlannedShard, make_plan
 from pretrain.data.pack_report import PackSummary, show_summary, summary_of_part, summary_of_set
 from pretrain.data.pack_segments import cut_into_segments
 from pretrain.data.pack_worker import VideoTask, transcode_task
-from pretrain.data.pool import Died, WorkerPool, refuse_pool_options
+from pretrain.data.pool import Died, ToldToStop, WorkerPool, refuse_pool_options
 from pretrain.data.shard_writer import PackedSample, write_shard
 from pretrain.data.sources import find_sources
 from pretrain.data.terminal import TaskProgress
 from pretrain.data.transcode import RATE_RANGE, Transcoded
-from pretrain.errors import EXIT_INTERRUPTED, DiskFull, Refused, TubeletError
+from pretrain.errors import DiskFull, Interrupted, Preempted, Refused, TubeletError
 from pretrain.files import is_out_of_space
 
 SHORTEST_SEGMENT_S = 0.1
 LONGEST_SEGMENT_S = 86400
 LONGEST_GOP = 100_000
+STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,12 +109,6 @@ class PackConfig:
             raise Refused(f"out: {self.out} is the folder of the videos; name another folder for the shards")
 
 
-class PackInterrupted(TubeletError):
-    """Ctrl-C ended a pack; the shards that were finished stay, and the same call goes on after them."""
-
-    exit_code = EXIT_INTERRUPTED
-
-
 def pack(config: PackConfig) -> PackSummary:
     """Packs videos into a shard set, or into a part of one, or goes on with a pack that was interrupted.
 
@@ -122,7 +118,8 @@ def pack(config: PackConfig) -> PackSummary:
         Refused: Bad options or input; a folder that holds something else or cannot be written; no video that can be
             decoded.
         DiskFull: There is no space left. Here and below, finished shards remain and the same call goes on after them.
-        PackInterrupted: Ctrl-C was pressed.
+        Interrupted: Ctrl-C was pressed.
+        Preempted: SIGTERM, SIGUSR1 or SIGUSR2 came while videos were transcoded.
         TubeletError: The disk failed.
     """
     config.validate()
@@ -191,7 +188,7 @@ def _pack_shards(
         for video in planned.videos
     )
     videos, left = (sum(len(planned.videos) for planned in some) for some in (shards, todo))
-    with TaskProgress("packing", videos) as progress, WorkerPool(transcode_task, jobs) as pool:
+    with TaskProgress("packing", videos) as progress, WorkerPool(transcode_task, jobs, STOP_SIGNALS) as pool:
         if len(todo) < len(shards):
             progress.resume(videos - left, sum(len(record.rejected) for record in before if record is not None))
         died = f"crashes its decoder, or makes no progress for {stall_s:g} s"
@@ -236,8 +233,10 @@ def telling_how_to_go_on(folder: PackFolder, names: Sequence[str]) -> Iterator[N
     """Turns an interruption, or a disk that fails, into one sentence that tells how many of the shards are kept."""
     try:
         yield
+    except ToldToStop as error:
+        raise Preempted(f"{folder.path}: stopped by {error}; {_how_to_go_on(folder, names)}") from error
     except KeyboardInterrupt as error:
-        raise PackInterrupted(f"{folder.path}: interrupted; {_how_to_go_on(folder, names)}") from error
+        raise Interrupted(f"{folder.path}: interrupted; {_how_to_go_on(folder, names)}") from error
     except OSError as error:
         if is_out_of_space(error):
             cause = f"no space left on the disk ({error.strerror}); free some"

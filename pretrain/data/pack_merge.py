@@ -26,7 +26,7 @@ def merge(config: MergeConfig) -> PackSummary:
     Raises:
         Refused: The folder holds no pack, a part is not finished, a process packs into it, or no video was accepted.
         DiskFull: There is no space left.
-        PackInterrupted: Ctrl-C was pressed.
+        Interrupted: Ctrl-C was pressed.
         TubeletError: The disk failed.
     """
     folder = PackFolder(Path(config.shards))

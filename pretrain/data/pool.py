@@ -15,7 +15,7 @@ import signal
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, InvalidStateError, wait
 from multiprocessing import connection
 from multiprocessing.connection import Connection
@@ -33,6 +33,10 @@ LONGEST_STALL_S = 86400
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+
+
+class ToldToStop(KeyboardInterrupt):
+    """A signal that means the end, but that nobody typed."""
 
 
 class Died:
@@ -54,37 +58,41 @@ class WorkerPool(Generic[Task, Result]):
     whatever ends it. A thread keeps them busy while this process uses the results. Ctrl-C takes effect between results.
     """
 
-    def __init__(self, function: Callable[[Task], Result], workers: int) -> None:
-        """Takes a function that can be pickled, and how many processes run it."""
+    def __init__(
+        self, function: Callable[[Task], Result], workers: int, stop_signals: Collection[signal.Signals] = ()
+    ) -> None:
+        """Takes a function that can be pickled, how many processes run it, and signals that stop as Ctrl-C does."""
         self.function, self.workers = function, workers
+        self.stop_signals = (signal.SIGINT, *stop_signals)
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["__main__", function.__module__])
-        self.interrupted = False
+        self.interrupted = 0
 
     def __enter__(self) -> "WorkerPool[Task, Result]":
-        """Takes over Ctrl-C, if this is the main thread, and makes the workers ready to start."""
+        """Takes over Ctrl-C and its like, if this is the main thread, and makes the workers ready to start."""
         self.in_main_thread = threading.current_thread() is threading.main_thread()
         try:
-            if self.in_main_thread:
-                fork_server()
+            fork_server()
             self.dispatcher = _Dispatcher(self.context, self.function, self.workers)
         except OSError as error:
             raise _no_worker(error) from error
         if self.in_main_thread:
-            self.handler_before = signal.signal(signal.SIGINT, self._interrupt)
+            self.handlers_before = {number: signal.signal(number, self._interrupt) for number in self.stop_signals}
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Ends the workers and gives Ctrl-C back."""
+        """Ends the workers and gives Ctrl-C and its like back."""
         self.dispatcher.close()
         if self.in_main_thread:
-            signal.signal(signal.SIGINT, self.handler_before)
+            for number, handler in self.handlers_before.items():
+                signal.signal(number, handler)
 
     def map(self, tasks: Iterable[Task]) -> Iterator[Result | Died]:
         """Yields the result of each task, in the order of the tasks.
 
         Raises:
             KeyboardInterrupt: Ctrl-C was pressed.
+            ToldToStop: Another of the stop signals came.
             TubeletError: No worker can be started.
             Exception: What the function raised.
         """
@@ -107,10 +115,12 @@ class WorkerPool(Generic[Task, Result]):
                 if error is not None:
                     raise error
                 return result
-        raise KeyboardInterrupt
+        if self.interrupted == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise ToldToStop(signal.Signals(self.interrupted).name)
 
-    def _interrupt(self, *_: object) -> None:
-        self.interrupted = True
+    def _interrupt(self, number: int, *_: object) -> None:
+        self.interrupted = self.interrupted or number
 
 
 @dataclasses.dataclass(eq=False)

@@ -22,8 +22,10 @@ from pretrain.engine.checkpoint import (
 from pretrain.engine.distributed import Processes
 from pretrain.engine.failures import means_full_disk
 from pretrain.engine.ownership import RunLock
+from pretrain.engine.preemption import StoppingConfig, StopRequests
 from pretrain.engine.tracking import METRICS, Tracker, TrackingMode, cut_back
-from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, DiskFull, Refused, TubeletError
+from pretrain.engine.watchdog import Watchdog
+from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, DiskFull, Preempted, Refused, TubeletError
 from pretrain.files import is_out_of_space, write_json, write_text
 
 logger = logging.getLogger(__name__)
@@ -47,6 +49,8 @@ class Run:
         checkpoints: Writes and loads checkpoints.
         saved: The checkpoint to go on from, or None.
         state: What checkpoints note beside the weights, the configuration among it.
+        stop: Knows whether this rank was told to stop.
+        watchdog: Ends the job when no steps are made any more.
         tracker: Writes metrics, once the run has begun.
     """
 
@@ -57,6 +61,8 @@ class Run:
     checkpoints: Checkpoints
     saved: Saved | None
     state: dict[str, Any]
+    stop: StopRequests
+    watchdog: Watchdog
     tracker: Tracker | None = None
 
     @property
@@ -98,8 +104,11 @@ def open_run(
     told: dict[str, str] | None = None,
     overridden: Collection[str] = (),
     override: bool = False,
+    stopping: StoppingConfig | None = None,
 ) -> Iterator[Run]:
     """Opens a run folder for this job and leaves its outcome there, however the run ends.
+
+    While it is open, the signals that stop a run are noted for the trainer; see `preemption.py`.
 
     Args:
         out: The run's folder.
@@ -114,6 +123,7 @@ def open_run(
         told: How to tell what a value of `identity` stands for, such as the place of data, under the same names.
         overridden: Names in `identity` whose change does no harm to who insists on it.
         override: Whether one insists.
+        stopping: When the run ends before its end; by default on signals alone.
 
     Raises:
         Refused: Another job owns the run, its checkpoints cannot be read, or `identity` has changed.
@@ -128,35 +138,66 @@ def open_run(
             logger.info("going on from step %d (%s)", saved.step, saved.folder)
         return saved
 
-    lock = processes.on_main_only(lambda: _claim(folder))
+    limits = stopping or StoppingConfig(hang_limit_s=0)
     started = time.time()
     run = None
-    try:
-        saved = processes.on_main(lambda: find_saved())
-        state = {
-            "stage": stage,
-            "identity": identity,
-            "told": told or {},
-            "engine": engine_kind(processes),
-            "begun": beginning(resume),
-            "run_id": None,
-            "config": config,
-            "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
-        }
-        if saved and saved.folder.resolve().parent == (folder / CHECKPOINTS).resolve():
-            state["run_id"] = saved.state.get("run_id")
-            if resume == "auto":
-                state["begun"] = saved.state.get("begun", "auto")
-        checkpoints = Checkpoints(folder / CHECKPOINTS, processes, lock, stays)
-        run = Run(folder, processes, config_yaml, tracking, checkpoints, saved, state)
-        yield run
-    except BaseException as raised:
-        error = _as_expected(raised, folder)
-        _end(run, lock, folder, _exit_code(error), f"{type(error).__name__}: {error}", started)
-        if error is raised:
-            raise
-        raise error from raised
-    _end(run, lock, folder, EXIT_DONE, "done", started)
+    with StopRequests(limits.time_limit_s) as stop:
+        lock = processes.on_main_only(lambda: _claim(folder))
+        try:
+            saved = processes.on_main(find_saved)
+            state = _state_of(folder, processes, stage, config, resume, identity, told or {}, saved)
+            checkpoints = Checkpoints(folder / CHECKPOINTS, processes, lock, stays)
+            watchdog = Watchdog(
+                limits.hang_limit_s,
+                folder,
+                processes.rank,
+                lambda reason: _leave(lock, folder, EXIT_FAILED, f"Hang: {reason}", started),
+            )
+            run = Run(folder, processes, config_yaml, tracking, checkpoints, saved, state, stop, watchdog)
+            yield run
+        except BaseException as raised:
+            error = _as_expected(raised, folder)
+            _end(run, lock, folder, _exit_code(error), f"{type(error).__name__}: {error}", started)
+            if isinstance(error, Preempted):
+                _wait_for_all(processes)
+            if error is raised:
+                raise
+            raise error from raised
+        _end(run, lock, folder, EXIT_DONE, "done", started)
+
+
+def _state_of(
+    folder: Path,
+    processes: Processes,
+    stage: str,
+    config: dict[str, Any],
+    resume: str,
+    identity: dict[str, Any],
+    told: dict[str, str],
+    saved: Saved | None,
+) -> dict[str, Any]:
+    """Returns what checkpoints note beside the weights; arguments as for `open_run`, and the checkpoint to go on."""
+    state = {
+        "stage": stage,
+        "identity": identity,
+        "told": told,
+        "engine": engine_kind(processes),
+        "begun": beginning(resume),
+        "run_id": None,
+        "config": config,
+        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+    }
+    if saved and saved.folder.resolve().parent == (folder / CHECKPOINTS).resolve():
+        state["run_id"] = saved.state.get("run_id")
+        if resume == "auto":
+            state["begun"] = saved.state.get("begun", "auto")
+    return state
+
+
+def _wait_for_all(processes: Processes) -> None:
+    """Waits for rank 0 to close the record: srun and launchers kill all ranks as soon as one ends with another code."""
+    with contextlib.suppress(RuntimeError):  # rank 0 was killed; what this rank knows is right all the same
+        processes.barrier()
 
 
 def refuse_changes(
@@ -255,8 +296,13 @@ def _end(run: Run | None, lock: RunLock | None, folder: Path, code: int, reason:
         return
     if run is not None and run.tracker is not None:
         run.tracker.finish(code)
+    _leave(lock, folder, code, reason, started)
+
+
+def _leave(lock: RunLock | None, folder: Path, code: int, reason: str, started: float) -> None:
+    """Writes the outcome and gives the run free, if this process owns it."""
     with contextlib.suppress(OSError):  # a full disk must not hide why the run ended
-        if not lock.is_held():
+        if lock is None or not lock.is_held():
             return
         owner = lock.owner
         outcome = {"exit_code": code, "reason": reason, "attempt": owner.attempt}

@@ -4,7 +4,9 @@
 once, cut back on resume so that no step stands twice. W&B is a mirror of it, and no trouble of the mirror (no key, no
 network, a slow or broken server, a killed background process) stops or delays a run by more than a bounded time: an
 unreachable server means an offline run, which `wandb sync` uploads later, and any later failure means one warning.
-Steps go to W&B as a metric, never as `step=`, since W&B drops steps that go back after a resume.
+Steps go to W&B as a metric, never as `step=`, since W&B drops steps that go back after a resume. An attempt that ends
+in order notes how far the mirror goes; the next one sends what is missing, such as after a signal that ended W&B's own
+process, which SIGTERM does wherever SLURM sends it to all processes of a job step. So a step may show twice there.
 """
 
 import contextlib
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from pretrain.engine.signals import signals_held_back
 from pretrain.errors import DiskFull, TubeletError
 from pretrain.files import is_out_of_space, replacing, write_text
 
@@ -32,6 +35,7 @@ METRICS = "metrics.jsonl"
 INIT_TIMEOUT_S = 20
 FINISH_TIMEOUT_S = 20
 RUN_ID_LENGTH = 8
+MIRRORED = "mirrored_step"
 
 
 class Tracker:
@@ -60,6 +64,8 @@ class Tracker:
         """
         self.path = Path(out) / METRICS
         self.run_id = run_id
+        self._mirrored = Path(out) / "wandb" / MIRRORED
+        self._step = 0
         self._enabled = enabled
         self._run: Any = None
         if not enabled:
@@ -69,7 +75,9 @@ class Tracker:
         if connection:
             with self._never_fatal("could not start"):
                 self.run_id = settle_run_id(Path(out) / "wandb" / "run_id", run_id)
-                self._run = _start_wandb(Path(out), connection, config, stage, self.run_id)
+                with signals_held_back():  # in W&B's own process, which outlives what stops the run
+                    self._run = _start_wandb(Path(out), connection, config, stage, self.run_id)
+                self._send_missing()
 
     def log(self, step: int, metrics: Mapping[str, float | int | str]) -> None:
         """Appends one line, `{"step": step, ...}`; call it once a step, with all that is known of that step.
@@ -89,6 +97,7 @@ class Tracker:
             if is_out_of_space(error):
                 raise DiskFull(f"{self.path}: no space left on the disk; free some and start again") from error
             raise TubeletError(f"{self.path}: cannot be written ({error.strerror}); mend that and resume") from error
+        self._step = step
         if self._run:
             with self._never_fatal("stopped working"):
                 self._run.log({"step": step, **metrics})
@@ -107,6 +116,15 @@ class Tracker:
         if run:
             with self._never_fatal("could not finish"):
                 run.finish(exit_code=exit_code)
+                write_text(self._mirrored, f"{self._step}\n")
+
+    def _send_missing(self) -> None:
+        """Sends the lines of the record that the attempts before may not have sent."""
+        sent = int(self._mirrored.read_text()) if self._mirrored.exists() else 0
+        for entry in read_metrics(self.path):
+            self._step = entry["step"]
+            if self._step > sent:
+                self._run.log({name: value for name, value in entry.items() if value is not None})
 
     @contextlib.contextmanager
     def _never_fatal(self, what: str) -> Iterator[None]:

@@ -2,7 +2,8 @@
 
 The loop names its stages in order. Whatever changes over a run (learning rate, samples, random draws of the model) is
 a function of the step, so nothing of it needs to be stored. Losses are looked at one step late, so that reading them
-never makes the GPU wait; a checkpoint is written only after all of them were found finite.
+never makes the GPU wait; a checkpoint is written only after all of them were found finite. With these figures goes
+whether a rank was told to stop (see `preemption.py`), so all ranks save and end in the same step.
 """
 
 import dataclasses
@@ -22,9 +23,11 @@ from torch import Tensor, nn
 from pretrain.engine.checkpoint import Checkpoints
 from pretrain.engine.distributed import Processes
 from pretrain.engine.feeding import begin_reading, on_device
+from pretrain.engine.preemption import Cause, StopRequests, first_cause
 from pretrain.engine.progress import Progress
 from pretrain.engine.tracking import Tracker, read_metrics
-from pretrain.errors import StoppedByRule, TubeletError
+from pretrain.engine.watchdog import Watchdog
+from pretrain.errors import Preempted, StoppedByRule, TubeletError
 from pretrain.files import append_json_lines
 
 logger = logging.getLogger(__name__)
@@ -59,6 +62,7 @@ class Plan:
         checkpoint_every: Steps between checkpoints.
         validate_every: Steps between validations; 0 for never.
         max_bad_share: Share of bad samples past which the run stops.
+        unvalidated: Figures of the last step done, where the attempt before was stopped in the validation of that step.
     """
 
     first_step: int
@@ -74,6 +78,7 @@ class Plan:
     checkpoint_every: int
     validate_every: int
     max_bad_share: float
+    unvalidated: dict[str, Any] | None = None
 
 
 class _StepRecord(NamedTuple):
@@ -88,7 +93,7 @@ class _StepRecord(NamedTuple):
     keys: list[str]
     skipped: list[dict]
     costs: list[float]
-    metrics: dict[str, float]
+    metrics: dict[str, float] | None  # None where a validation is due that the next attempt will make
 
 
 class Trainer:
@@ -108,6 +113,8 @@ class Trainer:
         validation: Computes figures on held-out samples.
         on_checkpoint: Called by all ranks after each checkpoint, to export weights.
         keys_path: File to which rank 0 appends the keys of each step's samples; None writes none.
+        stop: Knows whether this rank was told to stop.
+        watchdog: Is told what the run is about to do.
     """
 
     def __init__(
@@ -125,6 +132,8 @@ class Trainer:
         validation: Validation | None = None,
         on_checkpoint: Callable[[nn.Module], None] | None = None,
         keys_path: Path | None = None,
+        stop: StopRequests | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
         """Keeps the arguments."""
         self.plan = plan
@@ -140,11 +149,15 @@ class Trainer:
         self.validation = validation
         self.on_checkpoint = on_checkpoint
         self.keys_path = keys_path
+        self.stop = stop or StopRequests()
+        self.watchdog = watchdog or Watchdog(0, skipped_path.parent, processes.rank, lambda reason: None)
         self.samples_read = plan.samples_read
         self.samples_padded = plan.samples_padded
         before = processes.on_main(lambda: _count_skipped(read_metrics(skipped_path)))
         self.samples_skipped, self.samples_quarantined = before
         self._failure: TubeletError | OSError | None = None
+        self._cause: Cause | None = None
+        self._unvalidated: dict[str, Any] | None = None
         self._clock = time.perf_counter()
 
     def train(self, batches: Iterable[Any], description: str) -> None:
@@ -157,12 +170,14 @@ class Trainer:
         Raises:
             StoppedByRule: A loss or a weight was not finite, or too many samples could not be decoded.
             DiskFull: No space is left for the record or for a checkpoint.
+            Preempted: A signal or a limit of time ended the run; the steps done are saved.
         """
         plan = self.plan
         waiting = on_device(batches, self.processes.device)
-        self._seconds_since_last()
         previous: _StepRecord | None = None
-        with Progress(plan.steps, plan.first_step, description, self.processes.is_main, plan.log_every) as progress:
+        progress = Progress(plan.steps, plan.first_step, description, self.processes.is_main, plan.log_every)
+        with self.watchdog.watching(), progress:
+            self._begin()
             for step in range(plan.first_step, plan.steps):
                 record = self._step(step, waiting)
                 if previous is not None:
@@ -170,20 +185,40 @@ class Trainer:
                 previous = record
                 done = step + 1
                 validates = self._is_due(done, plan.validate_every)
-                saves = self._is_due(done, plan.checkpoint_every)
-                if not (validates or saves):
-                    continue
-                if validates and self.validation:
-                    previous = previous._replace(metrics=self._validate(self.validation))
-                self._settle(previous, progress)
-                previous = None
-                if saves:
-                    self._check_before_saving(done)
-                    state = self.state | {"samples_read": self.samples_read, "samples_padded": self.samples_padded}
-                    self.checkpoints.save(done, self.model, self.optimizer, state)
-                    if self.on_checkpoint:
-                        self.on_checkpoint(self.model)
-                self._seconds_since_last()
+                if validates or self._cause or self._is_due(done, plan.checkpoint_every):
+                    if validates and self.validation:
+                        previous = previous._replace(metrics=self._validate_unless_stopped(self.validation))
+                    self._settle(previous, progress)
+                    previous = None
+                    self._save_if_due(done)
+                    self._seconds_since_last()
+                self.watchdog.expect(f"step {done + 1}")
+
+    def _begin(self) -> None:
+        """Ends here if the run was told to stop before; else makes the validation that the last attempt owed."""
+        plan = self.plan
+        cause = self.stop.agreed(self.processes)
+        if cause:
+            saved = f"after step {plan.first_step}, which is saved" if plan.first_step else "before its first step"
+            raise cause.error(saved)
+        if plan.unvalidated is not None:
+            figures = plan.unvalidated | (self._validate(self.validation) if self.validation else {})
+            self._write(lambda: self.tracker.log(plan.first_step, figures))
+        self._seconds_since_last()
+
+    def _save_if_due(self, done: int) -> None:
+        """Writes a checkpoint if it is time for one or the run was told to stop, in which case it ends here."""
+        if not (self._cause or self._is_due(done, self.plan.checkpoint_every)):
+            return
+        self.watchdog.expect(f"the checkpoint of step {done}", slow=True)
+        self._check_before_saving(done)
+        counts = {"samples_read": self.samples_read, "samples_padded": self.samples_padded}
+        state = self.state | counts | {"unvalidated": self._unvalidated}
+        self.checkpoints.save(done, self.model, self.optimizer, state)
+        if self.on_checkpoint:
+            self.on_checkpoint(self.model)
+        if self._cause:
+            raise self._cause.error(f"after step {done}, which is saved")
 
     def _is_due(self, done: int, every: int) -> bool:
         return every > 0 and (done % every == 0 or done == self.plan.steps)
@@ -240,11 +275,12 @@ class Trainer:
         """Gathers a step's figures from all ranks, stops the run if they ask for it, and logs them."""
         own_loss, gradient_norm = record.loss_and_norm()
         own = [own_loss, record.data_wait_s, record.seconds, memory_gib(self.processes.device)]
-        counts = [record.padded, len(record.skipped), self._failure is not None]
+        counts = [record.padded, len(record.skipped), self._failure is not None, self.stop.code]
         gathered = self.processes.gather(torch.tensor([*own, *counts, *record.costs], dtype=torch.float64))
-        loss, data_wait_s, seconds, memory, padded, skipped, failed, *costs = gathered.unbind(1)
+        loss, data_wait_s, seconds, memory, padded, skipped, failed, stops, *costs = gathered.unbind(1)
         self._end_if_failed(failed)
         self._stop_if_not_finite(record, loss)
+        self._cause = self._cause or first_cause(stops)
         self.samples_read += self.plan.samples_per_step
         self.samples_padded += int(padded.sum())
         if skipped.sum() > 0:
@@ -254,7 +290,7 @@ class Trainer:
         done = record.step + 1
         clips_per_second = self.plan.samples_per_step * self.plan.repeats / float(seconds.max())
         progress.update(done, float(loss.mean()), clips_per_second)
-        if not (record.metrics or self._is_due(done, self.plan.log_every)):
+        if not (record.metrics or record.metrics is None or self._is_due(done, self.plan.log_every)):
             return
         figures = {
             "loss": float(loss.mean()),
@@ -269,8 +305,11 @@ class Trainer:
             "padded": self.samples_padded,
             "skipped": self.samples_skipped,
             **({"quarantined": self.samples_quarantined} if self.samples_quarantined else {}),
-            **record.metrics,
+            **(record.metrics or {}),
         }
+        if record.metrics is None:
+            self._unvalidated = figures
+            return
         self._write(lambda: self.tracker.log(done, figures))
 
     def _write(self, action: Callable[[], None]) -> None:
@@ -333,10 +372,26 @@ class Trainer:
         keys = [key for part in self.processes.gather_objects(record.keys) for key in part]
         self._write(lambda: append_json_lines(path, [{"step": record.step + 1, "keys": keys}]))
 
+    def _validate_unless_stopped(self, validation: Validation) -> dict[str, float] | None:
+        """Returns the figures on held-out samples, or None where the run was told to stop instead."""
+        if self._cause:
+            return None
+        try:
+            return self._validate(validation)
+        except Preempted:
+            return None
+
     def _validate(self, validation: Validation) -> dict[str, float]:
+        """Returns the figures on held-out samples; raises `Preempted` once the run is told to stop."""
+        self.watchdog.expect("a validation", slow=True)
         self.model.eval()
-        with torch.no_grad():
-            return validation(self.model)
+        saved = f"after step {self.plan.first_step}, which is saved"
+        hook = self.stop.abandon_forward(self.model, self.processes, saved)
+        try:
+            with torch.no_grad():
+                return validation(self.model)
+        finally:
+            hook.remove()
 
 
 def _count_skipped(reports: list[dict[str, Any]]) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Worker processes in earnest: deaf to Ctrl-C before they run a line of ours, and gone when their user is."""
+"""Worker processes in earnest: deaf to signals before they run a line of ours, and gone when their user is."""
 
 import subprocess
 import sys
@@ -7,6 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pretrain.data.processes import HELD_BACK
 from tests.runs import ROOT, own_environment
 
 EARLY = """
@@ -65,7 +66,7 @@ def test_a_worker_is_deaf_to_ctrl_c_from_its_first_instruction_and_its_user_is_n
     assert lines[-1] == "True", "in its user"
 
 
-def test_a_worker_ends_when_it_is_told_to_and_when_its_user_is_killed(script):
+def test_a_worker_outlives_signals_and_ends_when_it_is_told_to_and_when_its_user_is_killed(script):
     script.write_text(WORKERS)
     user = subprocess.Popen(
         [sys.executable, str(script)],
@@ -78,6 +79,9 @@ def test_a_worker_ends_when_it_is_told_to_and_when_its_user_is_killed(script):
     with user:
         assert [user.stdout.readline() for _ in range(2)] == ["working\n"] * 2
         family = psutil.Process(user.pid).children(recursive=True)
+        for number in HELD_BACK:
+            for process in family:
+                process.send_signal(number)
         user.stdin.write("\n")
         user.stdin.flush()
         assert user.stdout.readline() == "1 True\n", "the one whose connection was closed has ended, the other works"

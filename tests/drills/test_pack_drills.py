@@ -1,6 +1,7 @@
 """Packing under fire, in real processes: killed, starved of disk, its worker shot, interrupted, started twice."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -141,6 +142,21 @@ def test_a_second_pack_is_refused_and_an_interrupted_one_goes_on(videos, command
     assert process.returncode == 130
     (line,) = [line for line in errors.splitlines() if "interrupted" in line]
     assert "run the same command again to go on" in line
+    assert "Traceback" not in errors
+    assert run(command, videos, out).returncode == 0
+    assert content(out) == uninterrupted
+
+
+def test_a_pack_whose_whole_job_step_is_told_to_stop_ends_in_order_to_go_on_later(
+    videos, command, uninterrupted, tmp_path
+):
+    out = tmp_path / "shards"
+    process = start(command, videos, out)
+    wait_for_shards(out, 1, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert re.search(r"stopped by SIGTERM; [1-4] of 5 shards are finished and stay; run the same command again", errors)
     assert "Traceback" not in errors
     assert run(command, videos, out).returncode == 0
     assert content(out) == uninterrupted

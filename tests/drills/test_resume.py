@@ -228,8 +228,11 @@ def test_a_second_start_is_refused_by_name_and_ctrl_c_is_one_line_that_tells_how
     assert going.wait().code == 130
     assert "Traceback" not in going.text
     assert going.text.count("tubelet: ") == 1
-    assert "tubelet: interrupted; start the same command again to go on" in going.text
+    done = lines(out)
+    assert (
+        f"tubelet: interrupted after step {done}, which is saved; start the same command again to go on" in going.text
+    )
     assert outcome(out)["exit_code"] == 130
-    again = run("pretrain", arguments(recipe, out, "--steps", lines(out) + 1), tmp_path)
+    again = run("pretrain", arguments(recipe, out, "--steps", done + 1), tmp_path)
     assert again.code == 0, again.text
-    assert goes_on_from(again)
+    assert goes_on_from(again) == [done]

@@ -299,6 +299,42 @@ def test_when_wandbs_process_is_killed_training_goes_on_with_one_warning_and_a_w
     assert steps(tmp_path / "run" / "metrics.jsonl") == list(range(1, 20))
 
 
+def test_what_a_signal_to_wandbs_process_kept_from_it_is_sent_by_the_next_attempt(tmp_path):
+    done = run_python(
+        """
+        import logging, signal, sys
+        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+        from pathlib import Path
+        import psutil
+        from pretrain.engine.tracking import Tracker
+        first = Tracker(Path("run"), "wandb", {}, "pretrain")
+        first.log(1, {"loss": 1.0})
+        children = psutil.Process().children(recursive=True)
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            for child in children:
+                child.send_signal(number)
+        first.log(2, {"loss": 2.0})
+        first.finish()
+        second = Tracker(Path("run"), "wandb", {}, "pretrain")
+        children = psutil.Process().children(recursive=True)
+        for child in children:
+            child.terminate()
+        psutil.wait_procs(children, timeout=20)
+        for step in (3, 4):
+            second.log(step, {"loss": float(step), "rate": float("nan")})
+        second.finish()
+        third = Tracker(Path("run"), "wandb", {}, "pretrain")
+        third.log(5, {"loss": 5.0})
+        third.finish()
+        """,
+        tmp_path,
+    )
+    assert done.returncode == 0
+    assert done.stderr.count("WARNING") == 1, "USR1 and USR2 do nothing to it"
+    sent = [(row["step"], row["loss"]) for row in wandb_history(tmp_path / "run") if "loss" in row]
+    assert sorted(set(sent)) == [(step, float(step)) for step in range(1, 6)]
+
+
 def test_a_wandb_setting_that_is_wrong_costs_one_warning(tmp_path):
     done = run_python(
         """

@@ -3,8 +3,11 @@
 import dataclasses
 import itertools
 import json
+import os
 import re
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -23,7 +26,7 @@ from pretrain.engine.optimizer import OptimizerConfig, build_schedule
 from pretrain.engine.ownership import RunLock
 from pretrain.engine.tracking import Tracker, read_metrics
 from pretrain.engine.trainer import Plan, Trainer, seed_draws, weights_are_finite
-from pretrain.errors import DiskFull, StoppedByRule
+from pretrain.errors import DiskFull, Preempted, StoppedByRule
 from tests.runs import run, tiny_pretraining
 
 ABSURD = ["--optimizer.base_lr", "1e30", "--optimizer.warmup_steps", "0", "--steps", "6", "--checkpoint.every", "1"]
@@ -220,3 +223,39 @@ def test_the_draws_of_a_micro_batch_depend_on_nothing_but_its_place_in_the_run()
     first = {place: drawn(*place) for place in places}
     assert len(set(first.values())) == len(places)
     assert all(drawn(*place) == first[place] for place in reversed(places))
+
+
+def test_a_signal_in_a_validation_abandons_it_saves_and_the_next_attempt_owes_it_to_the_record(tmp_path):
+    seen: list[str] = []
+
+    def validation(model):
+        for number in (1, 2):
+            model(torch.zeros(1, 2))
+            seen.append(f"batch {number}")
+            if len(seen) == 1:
+                os.kill(os.getpid(), signal.SIGUSR2)
+                while not trainer.stop.code:
+                    time.sleep(0.001)
+        return {"validation_loss": 0.5}
+
+    def trained(first_step: int, unvalidated: dict | None) -> Trainer:
+        trainer = trainer_of(tmp_path, processes, lambda model, batch: model(batch.clips).sum(), checkpoint_every=3)
+        lengths = {"first_step": first_step, "validate_every": 2, "unvalidated": unvalidated}
+        trainer.plan = dataclasses.replace(trainer.plan, **lengths)
+        trainer.validation = validation
+        return trainer
+
+    with Processes() as processes:
+        trainer = trained(0, None)
+        with trainer.stop, pytest.raises(Preempted, match=r"SIGUSR2 \(rank 0\): ended after step 2, which is saved"):
+            trainer.train(batches([]), "test")
+        saved = find_checkpoint(tmp_path / "checkpoints", "auto")
+        assert (saved.step, seen) == (2, ["batch 1"])
+        assert [entry["step"] for entry in read_metrics(tmp_path / "metrics.jsonl")] == [1]
+        (tmp_path / "run.lock").unlink()
+        trainer = trained(2, saved.state["unvalidated"])
+        trainer.train(batches([])[2:], "test")
+    entries = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(entry["step"], entry.get("validation_loss")) for entry in entries] == [(1, None), (2, 0.5), (3, 0.5)]
+    assert entries[1].keys() == entries[2].keys()
+    assert find_checkpoint(tmp_path / "checkpoints", "auto").state["unvalidated"] is None
