@@ -28,6 +28,7 @@ from pretrain.packing import packing_of
 from pretrain.weights import (
     configs_from,
     describe_encoder,
+    described,
     encoder_from,
     load_model_folder,
     packing_from,
@@ -174,8 +175,8 @@ def load(folder: str | Path) -> tuple[Classifier, ModelDescription]:
         raise Refused(f"{folder}: is an encoder, not a classifier; finetune it first")
     encoder, clip = configs_from(content, folder)
     packing = packing_from(content, folder)
+    head = described(HeadConfig, content, "head", folder)
     try:
-        head = HeadConfig(**{**content["head"], "hidden": tuple(content["head"]["hidden"])})
         description = ModelDescription(
             encoder, clip, head, tuple(content["classes"]), content["short_side"], content["frame_rate"], packing
         )

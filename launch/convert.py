@@ -1,16 +1,21 @@
 """`tubelet convert`: weights of other implementations become Tubelet's, and Tubelet's become theirs."""
 
+import contextlib
 import dataclasses
 import json
 import logging
+import math
+import os
 import shlex
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from safetensors.torch import save_file
 
 from finetune.classifier import save_classifier
-from finetune.conversion import as_classifier, read_model
+from finetune.conversion import Preprocessing, as_classifier, read_model
 from launch.parity import TOLERANCE, Comparison, compare
 from launch.weight_files import read_json, read_source
 from pretrain.data.clips import ClipConfig
@@ -70,10 +75,15 @@ def convert(config: ConvertConfig) -> ConvertedModel:
         TubeletError: The converted model computes something else than the reference.
     """
     source = Path(config.source)
+    refuse_numbers(config)
     refuse_out(config)
     if is_tubelets(source):
         refuse_given(config, "a model of Tubelet tells it", "heads", "frame_rate")
-        converted, clip = read_model(find_encoder(config.source))
+        converted, told = read_model(find_encoder(config.source))
+        if told.packing:
+            refuse_given(config, "packed clips have no one size; pretrain or finetune with another", "frames", "size")
+            write(converted, told, config)
+            return converted
     else:
         read = read_source(source, config.heads)
         converted = convert_weights(read)
@@ -81,11 +91,21 @@ def convert(config: ConvertConfig) -> ConvertedModel:
         for name in converted.left_out:
             logger.info(f"{name} is left out: it has no place in Tubelet's model")
         tell(compare(read, converted))
-        clip = ClipConfig(frame_rate=FRAME_RATE if config.frame_rate is None else config.frame_rate)
+        told = Preprocessing(ClipConfig(frame_rate=FRAME_RATE if config.frame_rate is None else config.frame_rate))
     model = with_sizes(converted, config)
-    clip = dataclasses.replace(clip, frames=model.frames, size=model.size[0], mean=model.mean, std=model.std)  # type: ignore[arg-type]
-    write(model, clip, config)
+    clip = dataclasses.replace(told.clip, frames=model.frames, size=model.size[0], mean=model.mean, std=model.std)  # type: ignore[arg-type]
+    write(model, told._replace(clip=clip), config)
     return model
+
+
+def refuse_numbers(config: ConvertConfig) -> None:
+    """Raises `Refused` for numbers that cannot be."""
+    for name in ("frames", "size", "heads"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise Refused(f"{name}: {value} must be at least 1")
+    if config.frame_rate is not None and not 0 < config.frame_rate < math.inf:
+        raise Refused(f"frame_rate: {config.frame_rate} must be finite and greater than 0")
 
 
 def refuse_out(config: ConvertConfig) -> None:
@@ -98,8 +118,12 @@ def refuse_out(config: ConvertConfig) -> None:
             "name a file NAME.safetensors" if config.to == "safetensors" else "name a folder, or give --to safetensors"
         )
         raise Refused(f"{out}: cannot be written as {config.to}; {remedy}")
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+    empty = out.is_dir() and not any(out.iterdir()) and config.to != "safetensors"
+    if out.exists() and not empty:
         raise Refused(f"{out}: is there already; name another, or remove it")
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise Refused(f"{out}: nothing can be written to {parent}; name another")
 
 
 def refuse_given(config: ConvertConfig, why: str, *fields: str) -> None:
@@ -146,15 +170,15 @@ def with_sizes(model: ConvertedModel, config: ConvertConfig) -> ConvertedModel:
     return inflated(resized(model, 1, size), frames, tubelet, config.inflation or "central")
 
 
-def write(model: ConvertedModel, clip: ClipConfig, config: ConvertConfig) -> None:
-    """Writes a model in the form that is asked for."""
+def write(model: ConvertedModel, told: Preprocessing, config: ConvertConfig) -> None:
+    """Writes a model in the form that is asked for, whole or not at all."""
     out = Path(config.out)
     if config.to == "huggingface":
         weights, content = to_videomae(model)
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "config.json", content)
-        write_json(out / "preprocessor_config.json", videomae_processor(model))
-        write_weights(out / "model.safetensors", weights, {"format": "pt"})
+        with whole_folder(out) as folder:
+            write_json(folder / "config.json", content)
+            write_json(folder / "preprocessor_config.json", videomae_processor(model))
+            write_weights(folder / "model.safetensors", weights, {"format": "pt"})
         logger.info(f"wrote {out}: transformers.{content['architectures'][0]}.from_pretrained loads it")
         return
     classes = None if model.head is None else model.head.classes
@@ -163,18 +187,31 @@ def write(model: ConvertedModel, clip: ClipConfig, config: ConvertConfig) -> Non
         logger.info(f"the head is left out: {why}")
     if model.decoder is not None:
         logger.info("the decoder is left out: pretraining starts from the encoder, with a fresh decoder")
+    description = describe_encoder(model.encoder, told.clip, told.packing)
     if config.to == "safetensors":
-        description = describe_encoder(model.encoder, clip)
         write_weights(out, model.weights, {"encoder": json.dumps(description)})
         logger.info(f"wrote {out}: the encoder's weights")
-    elif classes is None:
-        save_model_folder(out, model.weights, describe_encoder(model.encoder, clip))
-        logger.info(
-            f"wrote {out}; start from it by `{pretraining_command(model, clip, out)}`, or by finetune --encoder"
-        )
-    else:
-        save_classifier(out, *as_classifier(model, clip, classes))
-        logger.info(f"wrote {out}; classify with it by `tubelet predict VIDEO --model {out}`, or finetune --encoder")
+        return
+    with whole_folder(out) as folder:
+        if classes is None:
+            save_model_folder(folder, model.weights, description)
+            how = f"start from it by `{pretraining_command(model, told, out)}`"
+        else:
+            save_classifier(folder, *as_classifier(model, told, classes))
+            how = f"classify with it by `tubelet predict VIDEO --model {out}`"
+    logger.info(f"wrote {out}; {how}, or by finetune --encoder")
+
+
+@contextlib.contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """Yields a temporary folder beside `out`, which is empty if it is there; on success renames it to `out`."""
+    temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        os.replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_weights(path: Path, weights: Weights, metadata: dict[str, str]) -> None:
@@ -184,14 +221,16 @@ def write_weights(path: Path, weights: Weights, metadata: dict[str, str]) -> Non
         save_file({name: weight.contiguous() for name, weight in weights.items()}, temporary, metadata)
 
 
-def pretraining_command(model: ConvertedModel, clip: ClipConfig, out: Path) -> str:
+def pretraining_command(model: ConvertedModel, told: Preprocessing, out: Path) -> str:
     """Returns the command that goes on pretraining, with the fields that are not the defaults."""
     fields: dict[str, Any] = {"encoder.variant": model.encoder.variant}
     usual = EncoderConfig(variant=model.encoder.variant).resolved()
-    for group, ours, defaults in (("encoder", model.encoder.resolved(), usual), ("data.clip", clip, ClipConfig())):
+    for group, ours, defaults in (("encoder", model.encoder.resolved(), usual), ("data.clip", told.clip, ClipConfig())):
         for name, value in dataclasses.asdict(ours).items():  # type: ignore[call-overload]
             if value != getattr(defaults, name):
                 fields[f"{group}.{name}"] = value
+    if told.packing:
+        fields |= {f"data.packing.{name}": value for name, value in dataclasses.asdict(told.packing).items()}
     options = (
         f"--{name} {shlex.quote(value if isinstance(value, str) else json.dumps(value))}"
         for name, value in fields.items()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from finetune.classifier import Classifier
 from finetune.config import HeadConfig
 from finetune.conversion import HEAD_MODULES
+from pretrain.errors import Refused
 from pretrain.model.blocks import LAYER_NORM_EPS
 from pretrain.model.encoder import Encoder
 from pretrain.model.encoders import build_encoder
@@ -50,6 +51,9 @@ def compare(source: Source, model: ConvertedModel) -> Comparison | None:
 
     Returns:
         How far they are apart; None where no installed package has a model of the layout.
+
+    Raises:
+        Refused: The reference cannot be built, or does not take the weights.
     """
     comparisons = {
         "Hugging Face VideoMAE": ("transformers", _beside_videomae),
@@ -62,7 +66,13 @@ def compare(source: Source, model: ConvertedModel) -> Comparison | None:
         return None
     shape = (1, model.frames, *model.size, 3)
     clip = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    reference, output, theirs, ours = beside(source, model, clip)
+    try:
+        reference, output, theirs, ours = beside(source, model, clip)
+    except (RuntimeError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise Refused(
+            f"{source.name}: {package} cannot put these weights into the model that config.json and they describe; "
+            f"download both again"
+        ) from error
     difference = (theirs - ours).abs().max().item()
     return Comparison(type(reference).__name__, output, difference, theirs.abs().max().item())
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import pickle
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -66,16 +67,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """Reads a state dict; of a training program's checkpoint, the model's.
+    """Reads a state dict; of a training program's checkpoint, the model's. Numbers become fp32.
 
     Raises:
         Refused: The file is damaged, holds no weights, or holds objects that only running code could make.
     """
     if file.suffix == ".safetensors":
         try:
-            return load_file(file)
+            return in_full_precision(load_file(file))
         except (SafetensorError, OSError) as error:
             raise Refused(f"{file}: cannot be read ({error}); download it again") from None
+    if not starts_as_pytorch(file):
+        raise Refused(f"{file}: is no file of PyTorch's, but perhaps a page or a pointer to it; download it again")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the authors of VideoMAE and MAE put one there
             content = torch.load(file, map_location="cpu", weights_only=True)
@@ -84,12 +87,25 @@ def read_weights(file: Path) -> dict[str, Tensor]:
             f"{file}: holds more than weights, and reading it could run code; where you trust it, load it with torch "
             f"and write its state dict by safetensors.torch.save_file"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError, AttributeError, struct.error) as error:
         raise Refused(f"{file}: cannot be read ({' '.join(str(error).split())[:120]}); download it again") from None
     for key in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
             break
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    ):
         raise Refused(f"{file}: holds no state dict (weights by name); give a file of weights")
-    return dict(content)
+    return in_full_precision(content)
+
+
+def starts_as_pytorch(file: Path) -> bool:
+    """Tells whether a file begins as torch.save's do: as a zip archive, or in old releases as a pickle."""
+    with open(file, "rb") as opened:
+        return opened.read(2) in (b"PK", b"\x80\x02")
+
+
+def in_full_precision(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns weights in fp32, in which conversion adds and interpolates; whole numbers stay."""
+    return {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}

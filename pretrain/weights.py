@@ -3,8 +3,9 @@
 import dataclasses
 import json
 import logging
+import types
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -22,6 +23,9 @@ from pretrain.model.weights.inflation import with_positions_for
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+
+Described = TypeVar("Described")
+
 LEARNED_AXES = ("separable", "factorised")
 """Learned positions that packed clips can have."""
 
@@ -52,9 +56,10 @@ def load_model_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from None
     except (ValueError, SafetensorError, OSError) as error:
         raise Refused(f"{folder}: cannot be read ({error}); export the model again") from None
-    if description.get("format") != FORMAT_VERSION:
+    found = description.get("format") if isinstance(description, dict) else None
+    if found != FORMAT_VERSION:
         raise Refused(
-            f"{folder / 'config.json'}: has format {description.get('format')}, this Tubelet reads {FORMAT_VERSION}; "
+            f"{folder / 'config.json'}: has format {found}, this Tubelet reads {FORMAT_VERSION}; "
             f"use the Tubelet that wrote it"
         )
     return weights, description
@@ -84,23 +89,45 @@ def largest_size(clip: ClipConfig, tubelet: tuple[int, int, int], packing: Packi
 
 def configs_from(description: dict[str, Any], folder: Path) -> tuple[EncoderConfig, ClipConfig]:
     """Returns the architecture and the clip that a `config.json` describes."""
-    try:
-        return (
-            EncoderConfig(**_with_tuples(description["encoder"])),
-            ClipConfig(**_with_tuples(description["clip"])),
-        )
-    except (KeyError, TypeError) as error:
-        raise Refused(f"{folder / 'config.json'}: does not describe an encoder ({error}); export it again") from None
+    return described(EncoderConfig, description, "encoder", folder), described(ClipConfig, description, "clip", folder)
 
 
 def packing_from(description: dict[str, Any], folder: Path) -> PackingConfig | None:
     """Returns how the clips of the model that a `config.json` describes are packed; None where they are not."""
     if description.get("packing") is None:
         return None
-    try:
-        return PackingConfig(**description["packing"])
-    except TypeError as error:
-        raise Refused(f"{folder / 'config.json'}: does not describe packed clips ({error}); export it again") from None
+    return described(PackingConfig, description, "packing", folder)
+
+
+def described(kind: type[Described], description: dict[str, Any], group: str, folder: Path) -> Described:
+    """Returns a group of fields of a `config.json` as the dataclass `kind`.
+
+    Raises:
+        Refused: The group is not there, or a field of it is unknown or of another type.
+    """
+    values = description.get(group)
+    if not isinstance(values, dict):
+        raise Refused(f"{folder / 'config.json'}: {group} is not there; export the model again")
+    hints = get_type_hints(kind)
+    found = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    for name, value in found.items():
+        if name not in hints or not _is_of_type(value, hints[name]):
+            raise Refused(f"{folder / 'config.json'}: {group}.{name} cannot be {value!r}; export the model again")
+    return kind(**found)
+
+
+def _is_of_type(value: Any, hint: Any) -> bool:
+    parts = get_args(hint)
+    if get_origin(hint) is Literal:
+        return value in parts
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(_is_of_type(value, part) for part in parts)
+    if get_origin(hint) is tuple:
+        kinds = parts[:1] * len(value) if isinstance(value, tuple) and parts[1:] == (...,) else parts
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_is_of_type, value, kinds))
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, int | float if hint is float else hint)
 
 
 class Pretrained(NamedTuple):
@@ -151,11 +178,17 @@ def load_encoder(folder: Path) -> Pretrained:
     if "classes" not in description:
         return Pretrained(weights, architecture, clip, packing)
     encoder = {name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith("encoder.")}
-    if description.get("head", {}).get("pool") == "mean":
-        last = "temporal_norm" if architecture.name == "factorised_encoder" else "norm"
-        encoder |= {f"{last}.{part}": weights[f"head.0.{part}"] for part in ("weight", "bias")}
+    head = description.get("head")
+    if isinstance(head, dict) and head.get("pool") == "mean":
+        norm = {f"{last_norm(architecture)}.{part}": weights.get(f"head.0.{part}") for part in ("weight", "bias")}
+        encoder |= {name: value for name, value in norm.items() if value is not None}
     logger.info(f"{folder}: is a classifier; its head is left out")
     return Pretrained(encoder, architecture, clip, packing)
+
+
+def last_norm(architecture: EncoderConfig) -> str:
+    """Returns the name of the encoder's norm in whose place a classifier with mean pooling has one behind the mean."""
+    return "temporal_norm" if architecture.name == "factorised_encoder" else "norm"
 
 
 def refuse_other_architecture(field: str, folder: Path, found: EncoderConfig, wanted: EncoderConfig) -> None:
@@ -263,7 +296,3 @@ def load_encoder_weights(encoder: Encoder, weights: dict[str, Tensor], folder: P
             )
     encoder.load_state_dict(weights, strict=False)
     encoder.has_class_tokens = "class_token" in weights
-
-
-def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

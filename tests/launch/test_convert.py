@@ -3,7 +3,9 @@
 import argparse
 import dataclasses
 import json
+import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,13 +16,14 @@ from timm.models.vision_transformer import VisionTransformer
 from transformers import VideoMAEForPreTraining, VivitConfig, VivitForVideoClassification
 
 from launch.cli import main
+from launch.convert import ConvertConfig, convert
 from pretrain.errors import Refused
 from pretrain.weights import encoder_from, fit_to_clips, load_encoder, load_encoder_weights
 from tests.parity.references import SIZES, perturbed
 from tests.parity.test_videomae_parity import peer_config
 from tests.runs import tiny_pretraining
 
-STANDING_STILL = ["--steps=4", "--optimizer.base_lr=1e-9", "--optimizer.base_min_lr=0"]
+STANDING_STILL = ["--data.decode_limit_s=0", "--steps=4", "--optimizer.base_lr=1e-9", "--optimizer.base_min_lr=0"]
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +42,14 @@ def from_images(vit) -> Path:
     out = vit.parent / "encoder"
     assert main(["convert", str(vit), str(out), "--frames", "4", "--size", "16"]) == 0
     return out
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory) -> Path:
+    """A pretraining model as transformers writes it."""
+    folder = tmp_path_factory.mktemp("theirs")
+    perturbed(VideoMAEForPreTraining(peer_config(use_mean_pooling=False))).save_pretrained(folder)
+    return folder
 
 
 def refusal(capsys, command: list[str], code: int = 2) -> str:
@@ -153,6 +164,61 @@ def test_a_file_that_could_run_code_is_refused_with_the_remedy(tmp_path, capsys)
     assert not (tmp_path / "out").exists()
 
 
+def test_weights_in_half_precision_are_converted_in_full(vit, tmp_path):
+    weights = torch.load(vit, weights_only=False)["model"]
+    save_file({name: 3 * value.half() for name, value in weights.items()}, tmp_path / "half.safetensors")
+    assert main(["convert", str(tmp_path / "half.safetensors"), str(tmp_path / "out")]) == 0
+    assert {value.dtype for value in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float32}
+
+
+def test_nothing_is_left_behind_where_writing_fails(vit, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pretrain.weights.save_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        convert(ConvertConfig(str(vit), str(tmp_path / "new" / "out")))
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("group", "change", "message"),
+    [
+        ("encoder", {"width": "64"}, "config.json: encoder.width cannot be '64'; export the model again"),
+        ("encoder", {"name": "simple"}, "config.json: encoder.name cannot be 'simple'"),
+        ("encoder", {"width": 128}, "class_token would be (1, 1, 64), but Tubelet's is (1, 1, 128)"),
+        ("clip", {"sides": 3}, "config.json: clip.sides cannot be 3"),
+        ("clip", {"mean": [0.5, 0.5]}, "config.json: clip.mean cannot be (0.5, 0.5)"),
+        ("packing", {"group": 1.5}, "config.json: packing.group cannot be 1.5"),
+    ],
+)
+def test_a_model_that_is_not_as_its_description_is_refused(from_images, tmp_path, group, change, message):
+    folder = shutil.copytree(from_images, tmp_path / "model")
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {group: content.get(group, {}) | change}))
+    with pytest.raises(Refused, match=re.escape(message)):
+        convert(ConvertConfig(str(folder), str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_frames": "4"}, "config.json has num_frames '4', which is no whole number greater than 0"),
+        ({"image_size": [32, 32, 3]}, "config.json has image_size [32, 32, 3]"),
+        ({"num_attention_heads": 5}, "heads: 5 do not divide the tokens of"),
+        ({"hidden_act": ["gelu"]}, "config.json has hidden_act ['gelu'], which is no text"),
+        ({"decoder_num_attention_heads": 5}, "decoder.width: 32 must be even and a multiple of decoder.heads 5"),
+        ({"hidden_size": 96}, "transformers cannot put these weights into the model that config.json and they descr"),
+    ],
+)
+def test_an_odd_configuration_is_refused_by_its_field(theirs, change, message):
+    content = peer_config(use_mean_pooling=False).to_dict() | change
+    (theirs / "config.json").write_text(json.dumps(content))
+    with pytest.raises(Refused, match=re.escape(message)):
+        convert(ConvertConfig(str(theirs), str(theirs / "out")))
+
+
 def test_a_model_that_computes_something_else_than_its_reference_is_not_written(tmp_path, capsys):
     """Our decoder's norms have the authors' epsilon, which this one has not."""
     config = peer_config(use_mean_pooling=False)
@@ -170,6 +236,9 @@ def test_what_cannot_be_converted_is_refused_in_one_line(vit, from_images, tmp_p
     damaged.write_bytes(b"damage")
     text.write_bytes(b"damage")
     torch.save([1, 2], numbers)
+    pointer, file = tmp_path / "c.pth", tmp_path / "file"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    file.touch()
     two.mkdir()
     for name in ("a.pth", "b.pth"):
         save_file({}, two / name)
@@ -179,6 +248,10 @@ def test_what_cannot_be_converted_is_refused_in_one_line(vit, from_images, tmp_p
         ([str(damaged), out], "a.safetensors: cannot be read"),
         ([str(text), out], "a.pth: "),
         ([str(numbers), out], "b.pth: holds no state dict"),
+        ([str(pointer), out], "c.pth: is no file of PyTorch's, but perhaps a page or a pointer to it"),
+        ([str(vit), str(file / "out")], f"nothing can be written to {file}; name another"),
+        ([str(vit), out, "--frame_rate", "0"], "frame_rate: 0.0 must be finite and greater than 0"),
+        ([str(vit), out, "--heads", "0"], "heads: 0 must be at least 1"),
         ([str(vit), str(from_images)], "encoder: is there already; name another"),
         ([str(vit), out, "--to", "safetensors"], "out: cannot be written as safetensors; name a file NAME.safetensors"),
         (
@@ -192,10 +265,10 @@ def test_what_cannot_be_converted_is_refused_in_one_line(vit, from_images, tmp_p
         ([str(from_images), out, "--tubelet", "[4,8,8]"], "tubelet: only image models are inflated, and this one sees"),
         ([str(vit), out, "--frames", "3"], "frames: 3 frames do not divide into tubelets of 2"),
         ([str(vit), out, "--size", "20"], "size: 20 x 20 pixels do not divide into patches of 8 x 8"),
-        ([str(vit), out, "--heads", "5"], "heads: those of"),
+        ([str(vit), out, "--heads", "5"], "heads: 5 do not divide the tokens of"),
         ([str(from_images), out, "--inflation", "average"], "inflation: only image models are inflated"),
         ([str(from_images), out, "--frame_rate", "5"], "frame_rate: a model of Tubelet tells it; leave it out"),
-        ([str(from_images), out, "--frames", "0"], "frames: 0 frames do not divide into tubelets of 2"),
+        ([str(from_images), out, "--frames", "0"], "frames: 0 must be at least 1"),
         ([str(vit)], "OUT: missing"),
     ):
         assert message in refusal(capsys, ["convert", *command]), command

@@ -46,6 +46,12 @@ def features(model: ConvertedModel, clips: Tensor) -> Tensor:
         ({"blocks.1.attn.qkv.bias": None}, "vit.pth: fills nothing of blocks.1.attention.key_bias"),
         ({"pos_embed": torch.zeros(1, 20, 48)}, "vit.pth: pos_embed has 20 positions, which form no square"),
         ({"patch_embed.proj.weight": None}, "vit.pth: is of no layout that Tubelet knows"),
+        ({"blocks.0.mlp.fc1.bias": torch.tensor(1.0)}, "vit.pth: its weights or its config.json are not as its layout"),
+        (
+            {"cls_token": torch.zeros(1, 1, 47)},
+            "vit.pth: its weights or its config.json are not as its layout has them",
+        ),
+        ({name: None for name in vit() if name.startswith("blocks.")}, "vit.pth: lacks blocks.0; it is incomplete"),
     ],
 )
 def test_a_key_that_is_not_used_or_not_filled_is_refused_by_its_name(change, message):

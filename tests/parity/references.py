@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from finetune.classifier import Classifier
 from finetune.config import HeadConfig
-from finetune.conversion import as_classifier
+from finetune.conversion import Preprocessing, as_classifier
 from pretrain.data.clips import ClipConfig
 from pretrain.model.encoder import Encoded
 from pretrain.model.encoders import build_encoder
@@ -83,7 +83,7 @@ def run_autoencoder(model: ConvertedModel, clips: Tensor, visible: Tensor, maske
 def run_classifier(model: ConvertedModel, clips: Tensor) -> Tensor:
     clip = ClipConfig(frames=model.frames, stride=1, size=model.size[0], mean=model.mean, std=model.std)
     classes = tuple(map(str, range(len(model.head.weights["last.bias"]))))
-    weights, description = as_classifier(model, clip, classes)
+    weights, description = as_classifier(model, Preprocessing(clip), classes)
     classifier = Classifier(description.build_encoder(), HeadConfig(pool=model.head.pool), len(classes))
     return run_with(classifier, weights, clips)
 

@@ -145,6 +145,10 @@ def _untold(source: Source) -> Untold:
     import timm
 
     arguments: dict[str, Any] = source.config.get("model_args", {})
+    if not timm.is_model(str(source.config["architecture"])):
+        raise Refused(
+            f"{source.name}: timm has no {source.config['architecture']}, which config.json names; give its own"
+        )
     try:
         with torch.device("meta"):
             model = timm.create_model(source.config["architecture"], **arguments)

@@ -49,7 +49,7 @@ def convert(source: Source) -> ConvertedModel:
     """
     for layout in LAYOUTS:
         if any(key in source and source.take(key).ndim == layout.dimensions for key in layout.keys):
-            model = layout.convert(source)
+            model = _converted(layout, source)
             source.finish()
             check(model, source.name)
             return model
@@ -59,9 +59,22 @@ def convert(source: Source) -> ConvertedModel:
     )
 
 
+def _converted(layout: Layout, source: Source) -> ConvertedModel:
+    """Converts; whatever breaks on the way was not in the file that the layout promises."""
+    try:
+        return layout.convert(source)
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        problem = " ".join(str(error).split())[:120]
+        raise Refused(
+            f"{source.name}: its weights or its config.json are not as its layout has them ({problem}); download both"
+        ) from error
+
+
 def check(model: ConvertedModel, name: str) -> None:
     """Raises `Refused`, calling the source `name`, unless the weights fill our models, each in its shape."""
     model.encoder.validate(model.frames, model.size, field=f"{name}: encoder")
+    if model.decoder is not None:
+        model.decoder.config.validate()
     with torch.device("meta"):
         encoder = build_encoder(
             model.encoder, model.frames, model.size, model.mean, model.std, class_token="class_token" in model.weights

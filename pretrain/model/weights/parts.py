@@ -122,12 +122,14 @@ def heads_of(source: Source, width: int, depth: int) -> int:
     Raises:
         Refused: It cannot be told, or two of them contradict each other.
     """
-    told = source.config.get("num_attention_heads")
+    told = source.setting("num_attention_heads", int) if "num_attention_heads" in source.config else None
     if told and source.heads and told != source.heads:
         raise Refused(f"heads: is {source.heads}, but {source.name} has {told} (config.json); leave it out")
     published = [one.heads for one in VARIANTS.values() if (one.width, one.depth) == (width, depth)]
     heads = told or source.heads or (published[0] if published else width // 64 if width % 64 == 0 else 0)
-    if not heads or width % heads:
+    if heads and width % heads:
+        raise Refused(f"heads: {heads} do not divide the tokens of {source.name}, which are {width} wide; give its own")
+    if not heads:
         raise Refused(f"heads: those of {source.name}, whose tokens are {width} wide, cannot be told; give --heads")
     return heads
 
@@ -158,16 +160,26 @@ def colours(
     """
     processor = source.processor
     if "image_mean" not in processor:
-        return tuple(mean), tuple(std)
+        return _three(source, "mean", mean), _three(source, "std", std)
     factor = 255 * processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 255
+    if not factor > 0:
+        raise Refused(f"{source.name}: preprocessor_config.json has rescale_factor {factor / 255}; download it again")
     offset = 1 if processor.get("offset") else 0
     normalises = processor.get("do_normalize", True)
-    means = processor["image_mean"] if normalises else [0.0] * 3
-    deviations = processor["image_std"] if normalises else [1.0] * 3
+    means = _three(source, "image_mean", processor["image_mean"] if normalises else [0.0] * 3)
+    deviations = _three(source, "image_std", processor.get("image_std") if normalises else [1.0] * 3)
     return (
         tuple(round((offset + one) / factor, 9) for one in means),
         tuple(round(one / factor, 9) for one in deviations),
     )
+
+
+def _three(source: Source, name: str, values: Any) -> tuple[float, ...]:
+    """Returns the three values of the colour channels; raises `Refused` if they are none, or a deviation is not > 0."""
+    numbers = isinstance(values, list | tuple) and all(isinstance(value, int | float) for value in values)
+    if not numbers or len(values) != 3 or ("std" in name and min(values) <= 0):
+        raise Refused(f"{source.name}: its configuration has {name} {values!r}, not one for each colour; give its own")
+    return tuple(values)
 
 
 def modules(source: Source, names: Mapping[str, str], ours: str = "") -> Weights:
@@ -239,7 +251,7 @@ def fused_attention(source: Source, name: str, ours: str = "attention.") -> Weig
 def class_names(source: Source, classes: int) -> tuple[str, ...] | None:
     """Returns the names of the classes that the source's configuration holds, in the order of their numbers."""
     names = source.config.get("id2label")
-    if not names or {str(number) for number in names} != {str(number) for number in range(classes)}:
+    if not isinstance(names, dict) or {str(number) for number in names} != {str(number) for number in range(classes)}:
         return None
     by_number = {str(number): str(name) for number, name in names.items()}
     return tuple(by_number[str(number)] for number in range(classes))

@@ -2,13 +2,15 @@
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from pretrain.errors import Refused
 
 Weights = dict[str, Tensor]
+
+Setting = TypeVar("Setting", int, float, str)
 
 
 class Source:
@@ -58,12 +60,14 @@ class Source:
         return self.weights[key]
 
     def count(self, prefix: str) -> int:
-        """Returns how many modules `PREFIX.0`, `PREFIX.1`, ... there are, without a gap."""
+        """Returns how many modules `PREFIX.0`, `PREFIX.1`, ... there are, without a gap; raises `Refused` if none."""
         start = f"{self._prefix}{prefix}."
         numbers = {key.removeprefix(start).split(".")[0] for key in self.weights if key.startswith(start)}
         count = 0
         while str(count) in numbers:
             count += 1
+        if not count:
+            raise Refused(f"{self.name}: lacks {start}0; it is incomplete, or a variant that Tubelet does not know")
         return count
 
     def leave_out(self, *prefixes: str) -> None:
@@ -75,11 +79,33 @@ class Source:
             if keys:
                 self.left_out.append((self._prefix + prefix).rstrip("."))
 
-    def setting(self, name: str) -> Any:
-        """Returns a value of the source's configuration; raises `Refused` if it is not there."""
-        if name not in self.config:
+    def setting(self, name: str, kind: type[Setting], default: Setting | None = None) -> Setting:
+        """Returns a value of the source's configuration.
+
+        Args:
+            name: Its name.
+            kind: What it must be; a number must be greater than 0.
+            default: What is returned if it is not there; None if it must be there.
+
+        Raises:
+            Refused: It is not there, or something else than it must be.
+        """
+        value = self.config.get(name, default)
+        if value is None:
             raise Refused(f"{self.name}: config.json has no {name}; give the folder with the model's own config.json")
-        return self.config[name]
+        if not _is_setting(value, kind):
+            what = "no text" if kind is str else f"no {'whole ' if kind is int else ''}number greater than 0"
+            raise Refused(f"{self.name}: config.json has {name} {value!r}, which is {what}; download it again")
+        return value
+
+    def image_size(self) -> tuple[int, int]:
+        """Returns height and width in pixels, from one number or two of the configuration."""
+        value = self.config.get("image_size")
+        if not isinstance(value, list | tuple):
+            return (self.setting("image_size", int),) * 2
+        if len(value) != 2 or not all(_is_setting(one, int) for one in value):
+            raise Refused(f"{self.name}: config.json has image_size {value!r}; download it again")
+        return value[0], value[1]
 
     def finish(self) -> None:
         """Raises `Refused` if a key was not used."""
@@ -89,3 +115,10 @@ class Source:
                 f"{self.name}: nothing uses {first} ({len(self._unused)} such weights); "
                 f"it is a variant that Tubelet does not know"
             )
+
+
+def _is_setting(value: Any, kind: type) -> bool:
+    if kind is str:
+        return isinstance(value, str)
+    numbers = int if kind is int else int | float
+    return isinstance(value, numbers) and not isinstance(value, bool) and value > 0

@@ -6,7 +6,7 @@ Biases of Hugging Face's attention are `query.bias` and `value.bias` in new rele
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -26,7 +26,6 @@ from pretrain.model.weights.parts import (
     fused_attention,
     heads_of,
     modules,
-    pair,
     separate_attention,
     sizes,
     tubelet_of,
@@ -60,9 +59,9 @@ def from_videomae(source: Source) -> ConvertedModel:
     kernel = base.take("embeddings.patch_embeddings.projection.weight")
     weights |= _stack(base, "encoder.layer", depth, "blocks", _block)
     hidden = len(weights["blocks.0.mlp.fc1.bias"])
-    shared = {
-        "activation": activation_of(source.config.get("hidden_act", "gelu"), source),
-        "norm_eps": source.config.get("layer_norm_eps", 1e-12),
+    shared: dict[str, Any] = {
+        "activation": activation_of(source.setting("hidden_act", str, "gelu"), source),
+        "norm_eps": source.setting("layer_norm_eps", float, 1e-12),
     }
     config = EncoderConfig(
         **sizes(len(kernel), depth, heads_of(source, len(kernel), depth), hidden), tubelet=tubelet_of(kernel), **shared
@@ -75,8 +74,8 @@ def from_videomae(source: Source) -> ConvertedModel:
     return ConvertedModel(
         "Hugging Face VideoMAE",
         config,
-        source.setting("num_frames"),
-        pair(source.setting("image_size")),
+        source.setting("num_frames", int),
+        source.image_size(),
         *colours(source),
         weights,
         head=head,
@@ -99,7 +98,7 @@ def _decoder(source: Source) -> Decoder:
     weights = _stack(source, "decoder.decoder_layers", depth, "decoder_blocks", _block) | modules(source, DECODER)
     hidden = len(weights["decoder_blocks.0.mlp.fc1.bias"])
     targets: Literal["normalised", "pixels"] = "normalised" if source.config.get("norm_pix_loss", True) else "pixels"
-    return _with_entrance(source, weights, depth, hidden, source.setting("decoder_num_attention_heads"), targets)
+    return _with_entrance(source, weights, depth, hidden, source.setting("decoder_num_attention_heads", int), targets)
 
 
 def _with_entrance(
@@ -184,4 +183,4 @@ def _authors_decoder(source: Source) -> Decoder:
     weights = _stack(source, "decoder.blocks", depth, "decoder_blocks", _authors_block) | modules(source, DECODER)
     width = len(weights["decoder_norm.bias"])
     hidden = len(weights["decoder_blocks.0.mlp.fc1.bias"])
-    return _with_entrance(source, weights, depth, hidden, DECODER_HEADS.get(width, width // 64), "normalised")
+    return _with_entrance(source, weights, depth, hidden, DECODER_HEADS.get(width, max(width // 64, 1)), "normalised")
