@@ -77,15 +77,18 @@ def test_a_worker_outlives_signals_and_ends_when_it_is_told_to_and_when_its_user
         text=True,
     )
     with user:
-        assert [user.stdout.readline() for _ in range(2)] == ["working\n"] * 2
-        family = psutil.Process(user.pid).children(recursive=True)
-        for number in HELD_BACK:
-            for process in family:
-                process.send_signal(number)
-        user.stdin.write("\n")
-        user.stdin.flush()
-        assert user.stdout.readline() == "1 True\n", "the one whose connection was closed has ended, the other works"
-        user.kill()
-        user.wait()
-        _, alive = psutil.wait_procs(family, timeout=20)
-        assert not alive
+        try:
+            assert [user.stdout.readline() for _ in range(2)] == ["working\n"] * 2
+            family = psutil.Process(user.pid).children(recursive=True)
+            for number in HELD_BACK:
+                for process in family:
+                    process.send_signal(number)
+            user.stdin.write("\n")
+            user.stdin.flush()
+            assert user.stdout.readline() == "1 True\n", "the one whose connection was closed has ended, the other works"
+            user.kill()
+            user.wait()
+            _, alive = psutil.wait_procs(family, timeout=20)
+            assert not alive
+        finally:
+            user.kill()
