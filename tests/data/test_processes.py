@@ -30,12 +30,12 @@ if __name__ == "__main__":
 """
 
 WORKERS = """
-import multiprocessing, sys, time
+import multiprocessing, os, sys, time
 from pretrain.data.processes import become_worker, fork_server
 
 def work(ends_with):
     become_worker(ends_with or multiprocessing.parent_process().sentinel)
-    print("working", flush=True)
+    os.write(1, b"working\n")  # in one piece, beside the other worker's
     time.sleep(1000)
 
 if __name__ == "__main__":
@@ -85,7 +85,7 @@ def test_a_worker_outlives_signals_and_ends_when_it_is_told_to_and_when_its_user
                     process.send_signal(number)
             user.stdin.write("\n")
             user.stdin.flush()
-            assert user.stdout.readline() == "1 True\n", "the one whose connection was closed has ended, the other works"
+            assert user.stdout.readline() == "1 True\n", "the one whose connection was closed has ended, not the other"
             user.kill()
             user.wait()
             _, alive = psutil.wait_procs(family, timeout=20)

@@ -48,6 +48,8 @@ def test_an_open_run_is_owned_and_a_closed_one_is_free_and_tells_its_outcome(tmp
         "attempt": 1,
         "seconds": 0,
         "pid": os.getpid(),
+        "job": "",
+        "restarts": 0,
     }
     assert json.loads((tmp_path / "summary.json").read_text()) == {"loss": 0.5}
     with opened(tmp_path, processes):
