@@ -35,7 +35,7 @@ from pretrain.data.processes import become_worker, fork_server
 
 def work(ends_with):
     become_worker(ends_with or multiprocessing.parent_process().sentinel)
-    os.write(1, b"working\n")  # in one piece, beside the other worker's
+    os.write(1, b"working\\n")  # in one piece, beside the other worker's
     time.sleep(1000)
 
 if __name__ == "__main__":
