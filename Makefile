@@ -4,7 +4,7 @@ PYTHON ?= python3
 N ?= 200
 BIN := .venv/bin
 
-.PHONY: help demo test test-cluster drill lint bench bench-model bench-data clean
+.PHONY: help demo test test-drills test-cluster drill lint bench bench-model bench-data clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -21,6 +21,9 @@ demo: .venv/installed ## make videos, pretrain, finetune, and write runs/demo/re
 
 test: .venv/installed ## run the tests
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+
+test-drills: .venv/installed ## run the drills that take minutes: signals, hangs, kills within saves, other numbers of processes
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup tests/drills/long
 
 drill: .venv/installed ## kill runs N=200 times, mostly inside saves, and change worlds under every ZeRO stage; long
 	@$(BIN)/python -m tests.drills.kill_many --kills $(N)
