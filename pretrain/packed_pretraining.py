@@ -8,13 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.config import PretrainConfig
-from pretrain.data.order import evaluation_slice
 from pretrain.data.packed_clips import PackedBatch
-from pretrain.data.packed_views import PackedEvaluationViews
+from pretrain.data.packed_views import PackedEvaluationViews, PackedViews
 from pretrain.data.shards import ShardSet
-from pretrain.data.views import evaluation_batches
 from pretrain.engine.distributed import Processes
 from pretrain.engine.trainer import Objective
+from pretrain.held_out import held_out_loss
 from pretrain.packing import decoded_tokens, joined, packing_of, visible_tokens
 
 
@@ -43,30 +42,18 @@ def packed_reconstruction_loss_on(
 ) -> dict[str, float]:
     """Computes the mean loss over the masked tokens of held-out samples, each alone; every rank calls it.
 
-    Args:
-        held_out: The held-out set.
-        config: The run's configuration, which says how many of its samples are used.
-        processes: All processes, which share the samples.
-        model: The prepared model.
-
-    Returns:
-        `validation_errors`, the samples that cannot be decoded, and `validation_loss` over the others if there are any.
+    Arguments and result are those of `pretraining.reconstruction_loss_on`.
     """
     data = config.data
-    chosen = config.validation.chosen(held_out.samples)
-    numbers, counted = evaluation_slice(len(chosen), processes.world, processes.rank)
     packing = packing_of(data, config.encoder.tubelet, config.mask)
     views = PackedEvaluationViews(held_out, packing, decoder=data.decoder, decode_limit_s=data.decode_limit_s)
-    total = torch.zeros(3, dtype=torch.float64)
-    for batch in evaluation_batches(views, chosen[numbers], counted, data.micro_batch, data.workers):
+
+    def losses_of(batch: list[PackedViews]) -> tuple[Tensor, Tensor]:
         sequences = joined([one.sequences for one in batch], processes.device)
-        losses = model(visible_tokens(sequences), decoded_tokens(sequences)).loss.double().sum(1).cpu()
-        counts = (sequences.decoded_segments >= 0).sum(1).cpu()
-        decoded = torch.tensor([one.counted and one.error is None for one in batch])
-        errors = sum(one.counted and one.error is not None for one in batch)
-        total += torch.tensor([losses[decoded].sum(), counts[decoded].sum(), errors], dtype=torch.float64)
-    loss_sum, count, errors = processes.gather(total).sum(0).tolist()
-    return {"validation_errors": int(errors)} | ({"validation_loss": loss_sum / count} if count else {})
+        losses = model(visible_tokens(sequences), decoded_tokens(sequences)).loss
+        return losses.double().sum(1), (sequences.decoded_segments >= 0).sum(1)
+
+    return held_out_loss(views, held_out.samples, config, processes, losses_of)
 
 
 def packed_reconstruction(

@@ -11,17 +11,17 @@ from torch import Tensor, nn
 
 from pretrain.config import PretrainConfig
 from pretrain.data.loader import Batch
-from pretrain.data.order import evaluation_slice
 from pretrain.data.packed_clips import PackedTrainingClips, grid_of_sample
 from pretrain.data.randomness import sample_key
 from pretrain.data.shards import ShardSet
 from pretrain.data.training_clips import TrainingClips
-from pretrain.data.views import HELD_OUT_SET, EvaluationViews, evaluation_batches
+from pretrain.data.views import HELD_OUT_SET, EvaluationViews, Views
 from pretrain.engine.distributed import Processes
 from pretrain.engine.run import Run
 from pretrain.engine.tracking import METRICS, read_metrics
 from pretrain.engine.trainer import Objective
 from pretrain.files import replacing
+from pretrain.held_out import held_out_loss
 from pretrain.model.mae import MaskedAutoencoder
 from pretrain.model.masking import MaskConfig, draw_mask, mask_counts
 from pretrain.model.packing import PackedMaskedAutoencoder
@@ -165,7 +165,7 @@ def reconstruction_loss(model: nn.Module, batch: Batch) -> Tensor:
 def reconstruction_loss_on(
     held_out: ShardSet, config: PretrainConfig, processes: Processes, model: nn.Module
 ) -> dict[str, float]:
-    """Computes the mean loss over held-out samples, with the same crops and masks at every call; every rank calls it.
+    """Computes the mean loss over held-out clips, with the same crops and masks at every call; every rank calls it.
 
     Args:
         held_out: The held-out set.
@@ -174,22 +174,18 @@ def reconstruction_loss_on(
         model: The prepared model.
 
     Returns:
-        `validation_errors`, the samples that cannot be decoded, and `validation_loss` over the others if there are any.
+        As `held_out_loss`.
     """
     data = config.data
-    chosen = config.validation.chosen(held_out.samples)
-    numbers, counted = evaluation_slice(len(chosen), processes.world, processes.rank)
     views = EvaluationViews(held_out, data.clip, decoder=data.decoder, decode_limit_s=data.decode_limit_s)
-    total = torch.zeros(3, dtype=torch.float64)
-    for batch in evaluation_batches(views, chosen[numbers], counted, data.micro_batch, data.workers):
+
+    def losses_of(batch: list[Views]) -> tuple[Tensor, Tensor]:
         visible, masked = fixed_masks(config.mask, config, [one.sample for one in batch], processes.device)
         clips = torch.cat([one.clips for one in batch]).to(processes.device)
-        loss = model(clips, visible, masked).loss.double().cpu()
-        decoded = torch.tensor([one.counted and one.error is None for one in batch])
-        errors = sum(one.counted and one.error is not None for one in batch)
-        total += torch.tensor([loss[decoded].sum(), decoded.sum(), errors], dtype=torch.float64)
-    loss_sum, count, errors = processes.gather(total).sum(0).tolist()
-    return {"validation_errors": int(errors)} | ({"validation_loss": loss_sum / count} if count else {})
+        loss = model(clips, visible, masked).loss
+        return loss, torch.ones_like(loss)
+
+    return held_out_loss(views, held_out.samples, config, processes, losses_of)
 
 
 def fixed_masks(

@@ -264,7 +264,6 @@ def train(
         Preempted: A signal or a limit of time ended it. The model returned raises it too, when it is used.
     """
     processes = run.processes
-    accumulation = config.accumulation(processes.world)
     batch = order.global_batch
     if config.activation_checkpointing:
         recompute_activations(model)
@@ -280,24 +279,8 @@ def train(
     if run.saved:
         run.checkpoints.load(run.saved, model, optimizer)
     tracker = run.begin()
-    plan = Plan(
-        first_step=run.first_step,
-        samples_read=run.saved.state.get("samples_read", run.first_step * batch) if run.saved else 0,
-        samples_padded=run.saved.state.get("samples_padded", 0) if run.saved else 0,
-        steps=steps,
-        accumulation=accumulation,
-        samples_per_step=batch,
-        repeats=config.data.repeats,
-        seed=config.seed,
-        clip_grad=config.optimizer.clip_grad,
-        log_every=config.log_every,
-        checkpoint_every=config.checkpoint.every,
-        validate_every=validate_every,
-        max_bad_share=config.data.max_bad_share,
-        unvalidated=run.saved.state.get("unvalidated") if run.saved else None,
-    )
     trainer = Trainer(
-        plan,
+        plan_of(config, run, batch, steps, validate_every),
         processes,
         model,
         optimizer,
@@ -321,6 +304,27 @@ def train(
         export(model)
     run.stop.abandon_forward(model, processes, "after its last step, which is saved")
     return model
+
+
+def plan_of(config: RunConfig, run: Run, global_batch: int, steps: int, validate_every: int) -> Plan:
+    """Returns how long an open run is and when it does what; arguments as for `train`."""
+    saved = run.saved.state if run.saved else {}
+    return Plan(
+        first_step=run.first_step,
+        samples_read=saved.get("samples_read", run.first_step * global_batch),
+        samples_padded=saved.get("samples_padded", 0),
+        steps=steps,
+        accumulation=config.accumulation(run.processes.world),
+        samples_per_step=global_batch,
+        repeats=config.data.repeats,
+        seed=config.seed,
+        clip_grad=config.optimizer.clip_grad,
+        log_every=config.log_every,
+        checkpoint_every=config.checkpoint.every,
+        validate_every=validate_every,
+        max_bad_share=config.data.max_bad_share,
+        unvalidated=saved.get("unvalidated"),
+    )
 
 
 def batches_of(clips: TrainingClips, requests: MicroBatches, pin_memory: bool) -> Iterator[Batch | PackedBatch]:

@@ -171,7 +171,7 @@ class Processes:
             future = pool.submit(action) if self.is_main else None
             while not self.gather_objects(future is None or _is_over(future))[0]:
                 pass
-            return self.on_main_only(lambda: future.result())  # type: ignore[union-attr]
+            return self.on_main_only(lambda: future.result() if future else None)
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
         """Wraps model and optimiser for this world; raises `TubeletError` if DeepSpeed sees another world."""

@@ -101,9 +101,9 @@ class StepSchedule(CosineLRScheduler):
         super().__init__(optimizer, **options)
         self.decays = [group["weight_decay"] for group in optimizer.param_groups]
 
-    def step_update(self, num_updates: int, metric: float | None = None) -> None:
+    def step_update(self, num_updates: int, metric: Any = None) -> None:
         """Sets the learning rate and the decay of every group for step `num_updates`, which alone decides them."""
-        super().step_update(num_updates, metric)  # type: ignore[arg-type]
+        super().step_update(num_updates, metric)
         for group, decay in zip(self.optimizer.param_groups, self.decays, strict=True):
             group["weight_decay"] = decay
 

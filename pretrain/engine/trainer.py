@@ -25,6 +25,7 @@ from pretrain.engine.distributed import Processes
 from pretrain.engine.feeding import begin_reading, on_device
 from pretrain.engine.preemption import Cause, StopRequests, first_cause
 from pretrain.engine.progress import Progress
+from pretrain.engine.step_figures import LOADER_COSTS, count_skipped, loader_shares, memory_gib, weights_are_finite
 from pretrain.engine.tracking import Tracker, read_metrics
 from pretrain.engine.watchdog import Watchdog
 from pretrain.errors import Preempted, StoppedByRule, TubeletError
@@ -33,9 +34,6 @@ from pretrain.files import append_json_lines
 logger = logging.getLogger(__name__)
 
 FEW_SAMPLES = 10  # bad samples that are always forgiven, so that the share means something in a short run
-
-LOADER_COSTS = ("read_s", "decode_s", "cut_s", "cache_hits", "cache_misses", "places", "tokens")
-"""What a batch tells of its loading: seconds, reads of remote shards, and places and tokens of packed sequences."""
 
 Objective = Callable[[nn.Module, Any], Tensor]
 """From the prepared model and a batch on the device to the mean loss of its clips."""
@@ -153,7 +151,7 @@ class Trainer:
         self.watchdog = watchdog or Watchdog(0, skipped_path.parent, processes.rank, lambda reason: None)
         self.samples_read = plan.samples_read
         self.samples_padded = plan.samples_padded
-        before = processes.on_main(lambda: _count_skipped(read_metrics(skipped_path)))
+        before = processes.on_main(lambda: count_skipped(read_metrics(skipped_path)))
         self.samples_skipped, self.samples_quarantined = before
         self._failure: TubeletError | OSError | None = None
         self._cause: Cause | None = None
@@ -300,7 +298,7 @@ class Trainer:
             "data_wait_s": float(data_wait_s.mean()),
             "data_wait_max_s": float(data_wait_s.max()),
             "data_wait_share": float(data_wait_s.sum() / seconds.sum()),
-            **_loader_shares([float(cost.sum()) for cost in costs]),
+            **loader_shares([float(cost.sum()) for cost in costs]),
             "memory_gib": float(memory.max()),
             "padded": self.samples_padded,
             "skipped": self.samples_skipped,
@@ -357,7 +355,7 @@ class Trainer:
 
     def _note_skipped(self, record: _StepRecord) -> None:
         reports = [report for part in self.processes.gather_objects(record.skipped) for report in part]
-        skipped, quarantined = _count_skipped(reports)
+        skipped, quarantined = count_skipped(reports)
         self.samples_skipped += skipped
         self.samples_quarantined += quarantined
         entries = [{"step": record.step + 1} | report for report in reports]
@@ -394,46 +392,9 @@ class Trainer:
             hook.remove()
 
 
-def _count_skipped(reports: list[dict[str, Any]]) -> tuple[int, int]:
-    """Returns how many samples were found bad, and how many were not attempted, which no rule counts."""
-    quarantined = sum(report.get("quarantined", False) for report in reports)
-    return len(reports) - quarantined, quarantined
-
-
-def _loader_shares(costs: list[float]) -> dict[str, float]:
-    """Returns shares: of the loader's time, of remote reads, and of the places of packed sequences."""
-    read_s, decode_s, cut_s, hits, misses, places, tokens = costs
-    loading_s, remote_reads = read_s + decode_s + cut_s, hits + misses
-    shares = {"read_share": read_s / loading_s, "decode_share": decode_s / loading_s} if loading_s > 0 else {}
-    shares |= {"cache_hit_share": hits / remote_reads} if remote_reads > 0 else {}
-    return shares | ({"utilisation": tokens / places} if places > 0 else {})
-
-
 def seed_draws(seed: int, step: int, rank: int, micro_batch: int) -> None:
     """Seeds everything that model and mixup draw from, so that a step's draws do not depend on the steps before."""
     state = np.random.SeedSequence([seed, step, rank, micro_batch]).generate_state(3)
     torch.manual_seed(int(state[0]))
     np.random.seed(int(state[1]))
     random.seed(int(state[2]))
-
-
-def weights_are_finite(model: nn.Module, rank: int) -> bool:
-    """Whether all weights that this rank holds are finite; under ZeRO 3 these are a part of each."""
-    found = []
-    parameters: Iterator[Any] = model.parameters()  # to which ZeRO 3 gives attributes of its own
-    for parameter in parameters:
-        part = parameter.detach()
-        if hasattr(parameter, "ds_tensor"):
-            part = parameter.ds_tensor.detach().flatten()
-            part = part[: max(parameter.ds_numel - rank * part.numel(), 0)]  # the last part's end is padding
-        found.append(part.isfinite().all())
-    return bool(torch.stack(found).all())
-
-
-def memory_gib(device: torch.device) -> float:
-    """Returns the greatest memory used so far: the GPU's, or the process's own where there is none."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

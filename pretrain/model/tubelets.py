@@ -62,7 +62,7 @@ def cut_tubelets(clips: Tensor, tubelet: tuple[int, int, int]) -> Tensor:
 
 
 def take_tubelets(clips: Tensor, numbers: Tensor, tubelet: tuple[int, int, int]) -> Tensor:
-    """Cuts no more than some tubelets out of clips: the same as `take_tokens(cut_tubelets(clips, tubelet), numbers)`.
+    """Cuts no more than some tubelets out of clips: those of `numbers` from `cut_tubelets(clips, tubelet)`.
 
     Args:
         clips: `(B, T, H, W, C)`, any type.
@@ -81,11 +81,6 @@ def take_tubelets(clips: Tensor, numbers: Tensor, tubelet: tuple[int, int, int])
     first = ((clip.unsqueeze(1) * T + slot * t) * H + row * h) * grid.columns + column  # (B, K)
     lines = first.unsqueeze(-1) + ((frame.unsqueeze(1) * H + line) * grid.columns).flatten()  # (B, K, t * h)
     return clips.reshape(-1, w * C).index_select(0, lines.flatten()).view(*numbers.shape, t * h * w * C)
-
-
-def take_tokens(tokens: Tensor, numbers: Tensor) -> Tensor:
-    """Returns `tokens[b, numbers[b]]` for each clip: `(B, N, D)` and `(B, K)` give `(B, K, D)`."""
-    return tokens.gather(1, numbers.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
 class TubeletEmbedding(nn.Module):

@@ -24,8 +24,9 @@ from pretrain.engine.checkpoint import CheckpointConfig, Checkpoints, engine_kin
 from pretrain.engine.distributed import Processes
 from pretrain.engine.optimizer import OptimizerConfig, build_schedule
 from pretrain.engine.ownership import RunLock
+from pretrain.engine.step_figures import weights_are_finite
 from pretrain.engine.tracking import Tracker, read_metrics
-from pretrain.engine.trainer import Plan, Trainer, seed_draws, weights_are_finite
+from pretrain.engine.trainer import Plan, Trainer, seed_draws
 from pretrain.errors import DiskFull, Preempted, StoppedByRule
 from tests.runs import run, tiny_pretraining
 

@@ -12,7 +12,8 @@ from pretrain.model.encoders import ENCODERS, build_encoder
 from pretrain.model.mae import DecoderConfig, MaskedAutoencoder
 from pretrain.model.masking import MaskConfig, draw_mask
 from pretrain.model.positions import POSITIONS
-from pretrain.model.tubelets import cut_tubelets, take_tokens
+from pretrain.model.tubelets import cut_tubelets
+from tests.tokens import take_tokens
 from tests.videos import moving_square
 
 ENCODER = EncoderConfig(width=48, depth=2, heads=2, temporal_depth=1, tubelet=(2, 8, 8))

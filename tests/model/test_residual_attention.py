@@ -20,7 +20,8 @@ from pretrain.model.residual_attention import (
     ResidualAttention,
     ResidualUnit,
 )
-from pretrain.model.tubelets import cut_tubelets, take_tokens
+from pretrain.model.tubelets import cut_tubelets
+from tests.tokens import take_tokens
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TUBELET = (2, 8, 16)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from pretrain.model.tubelets import Grid, TubeletEmbedding, cut_tubelets, grid_of, take_tokens, take_tubelets
+from pretrain.model.tubelets import Grid, TubeletEmbedding, cut_tubelets, grid_of, take_tubelets
+from tests.tokens import take_tokens
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TUBELET = (2, 4, 8)
