@@ -8,6 +8,7 @@ CrossBlock                    a decoder's, whose tokens look into other tokens o
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -116,9 +117,30 @@ class ResidualBlock(nn.Module):
 class Block(ResidualBlock):
     """z <- z + MSA(LN(z)); z <- z + MLP(LN(z))."""
 
-    def forward(self, tokens: Tensor, mask: Tensor | BlockMask | None = None, rotary: Rotary | None = None) -> Tensor:
-        """`(B, N, D)` to `(B, N, D)`; `mask` and `rotary` as for `Attention`."""
-        attended = self.attention(self.attention_norm(tokens), mask=mask, rotary=rotary)
+    def forward(
+        self,
+        tokens: Tensor,
+        mask: Tensor | BlockMask | None = None,
+        rotary: Rotary | None = None,
+        wanted: int | None = None,
+    ) -> Tensor:
+        """Lets tokens attend to each other.
+
+        Args:
+            tokens: `(B, N, D)`.
+            mask: As for `Attention`.
+            rotary: As for `Attention`.
+            wanted: How many of the last tokens are returned, without computing the others; not with the two above.
+
+        Returns:
+            `(B, N, D)` or `(B, wanted, D)`.
+        """
+        normed = self.attention_norm(tokens)
+        if wanted is None:
+            attended = self.attention(normed, mask=mask, rotary=rotary)
+        else:
+            tokens = tokens[:, -wanted:]
+            attended = self.attention(normed[:, -wanted:], normed)
         return self.add_mlp(tokens + self.drop_path(self.attention_scale(attended)))
 
 
@@ -203,13 +225,15 @@ class Stack(nn.ModuleList):
         super().__init__(blocks)
         self.recomputes = False
 
-    def forward(self, tokens: Tensor, *others: Any) -> Tensor:
-        """Passes tokens through every block, each with the same further arguments."""
-        for block in self:
+    def forward(self, tokens: Tensor, *others: Any, wanted: int | None = None) -> Tensor:
+        """Passes tokens through every block, each with the same further arguments; `wanted` is for the last `Block`."""
+        for number, block in enumerate(self, 1):
+            is_last = wanted is not None and number == len(self)
+            run = functools.partial(block, wanted=wanted) if is_last else block
             if self.recomputes and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, *others, use_reentrant=False)
+                tokens = checkpoint(run, tokens, *others, use_reentrant=False)
             else:
-                tokens = block(tokens, *others)
+                tokens = run(tokens, *others)
         return tokens
 
 

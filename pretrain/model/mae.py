@@ -141,7 +141,9 @@ class MaskedAutoencoder(nn.Module):
         if self.looks_across:
             decoded = self.decoder_blocks(asked, context, mask)
         else:
-            decoded = self.decoder_blocks(torch.cat([context, asked], 1), mask)[:, context.shape[1] :]
+            wanted = asked.shape[1]
+            together = torch.cat([context, asked], 1)
+            decoded = self.decoder_blocks(together, mask, wanted=wanted if mask is None else None)[:, -wanted:]
         return self.decoder_head(self.decoder_norm(decoded))
 
     def targets(self, clips: Tensor, masked: Tensor) -> Tensor:
@@ -152,10 +154,10 @@ class MaskedAutoencoder(nn.Module):
         """Returns what to predict of uint8 tubelets `(..., P)` with so many colour channels: floats `(..., P)`."""
         levels = tubelets.float()  # 0 to 255, 255 times the pixels of whose deviation the published eps tells
         if self.config.targets == "pixels":
-            return levels / 255
+            return levels.div_(255)
         if self.config.targets == "normalised_whole":
             variance, mean = torch.var_mean(levels, -1, keepdim=True)
-            return (levels - mean) / (variance + 255**2 * TARGET_EPS).sqrt()
+            return levels.sub_(mean).div_((variance + 255**2 * TARGET_EPS).sqrt())
         levels = levels.unflatten(-1, (-1, channels))  # (..., t * h * w, C)
         deviation, mean = torch.std_mean(levels, -2, keepdim=True)
-        return ((levels - mean) / (deviation + 255 * TARGET_EPS)).flatten(-2)
+        return levels.sub_(mean).div_(deviation + 255 * TARGET_EPS).flatten(-2)

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import BlockMask
 
 from pretrain.model.attention import Attention, AxialAttention, block_diagonal, causal_mask
-from pretrain.model.blocks import Block, BlockConfig, CrossBlock
+from pretrain.model.blocks import Block, BlockConfig, CrossBlock, stack
 from pretrain.model.encoder import Encoder, EncoderConfig
 from pretrain.model.encoders import ENCODERS, build_encoder
 from pretrain.model.mae import DecoderConfig, MaskedAutoencoder
@@ -230,6 +230,20 @@ def test_cross_attention_is_self_attention_over_both_without_the_queries_own_key
     expected = attention(torch.cat([queries, context], 1), mask=mask)[:, :3]
     torch.testing.assert_close(attention(queries, context, context), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(attention(queries, context), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_tokens_that_nobody_wants_are_not_computed_and_the_others_stay_the_same(recomputes):
+    blocks = perturbed(stack(Block, BlockConfig(24, 2, 2.0), depth=3))
+    blocks.recomputes = recomputes
+    tokens, lengths = torch.randn(2, 7, 24, requires_grad=True), []
+    blocks[-1].mlp.register_forward_hook(lambda mlp, inputs, output: lengths.append(output.shape[1]))
+    for wanted in (3, 7):
+        last, whole = blocks(tokens, wanted=wanted), blocks(tokens)[:, -wanted:]
+        assert lengths[-2:] == [wanted, 7]
+        torch.testing.assert_close(last, whole, atol=1e-5, rtol=1e-5)
+        (gradient,), (expected,) = (torch.autograd.grad(out.square().sum(), tokens) for out in (last, whole))
+        torch.testing.assert_close(gradient, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_decoder_that_looks_across_predicts_each_token_as_if_it_were_alone():
