@@ -91,7 +91,11 @@ def test_the_tasks_of_srun_train_as_one_process_does(recipe, alone, tmp_path):
     assert_same_training(out, alone)
 
 
-@pytest.mark.parametrize("options", [[], ["--deepspeed", "zero0"], ["--deepspeed", "zero1"], ["--deepspeed", "zero3"]])
+@pytest.mark.parametrize(
+    "options",
+    [[], *(["--deepspeed", name] for name in ("zero0", "zero1", "zero3", "zero2_offload", "zero3_offload"))],
+    ids=lambda options: options[-1] if options else "plain",
+)
 def test_every_way_of_dividing_the_work_trains_alike_and_saves_a_checkpoint_that_verifies(
     recipe, alone, tmp_path, options
 ):
@@ -102,7 +106,7 @@ def test_every_way_of_dividing_the_work_trains_alike_and_saves_a_checkpoint_that
     (folder,) = step_folders(out / "checkpoints")
     saved = verify(folder)
     assert saved.step == STEPS
-    if options == ["--deepspeed", "zero3"]:
+    if "zero3" in options or "zero3_offload" in options:
         again = run("pretrain", arguments(recipe, out, *options, "--steps", STEPS + 1), tmp_path, world=2)
         assert again.codes == [0, 0], again.text
         assert f"going on from step {STEPS}" in again.text
