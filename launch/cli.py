@@ -27,6 +27,7 @@ USAGE = """tubelet COMMAND ...
   evaluate            measure a classifier on labelled shards
   predict             name the five most probable classes of video files
   launch              start pretrain or finetune on all GPUs of this machine, or submit them or pack to SLURM
+  estimate            tell what a run would take: parameters, steps, memory of each GPU, checkpoints, GPU-hours
   convert SOURCE OUT  make weights of VideoMAE, ViViT, X-CLIP, ViT or MAE a model to start from, or ours theirs
   order               list the clips that each step of a run reads, without decoding any
   demo                all of it in minutes, on videos that it makes itself
@@ -51,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         "evaluate": _evaluate,
         "predict": _predict,
         "launch": _launch,
+        "estimate": _estimate,
         "convert": _convert,
         "order": _order,
         "demo": _demo,
@@ -186,6 +188,46 @@ def _predict(arguments: list[str]) -> int:
     if code or all(predicted):
         return code
     return EXIT_FAILED if any(predicted) else EXIT_REFUSED
+
+
+def _estimate(arguments: list[str]) -> int:
+    from pretrain.commandline import run_command, with_underscores
+    from pretrain.engine.progress import set_up_logging
+
+    parser = ArgumentParser(
+        prog="tubelet estimate",
+        allow_abbrev=False,
+        description="Tells what a run would take before it is started. Nothing is written.",
+        epilog="Any field of the configuration can be set too, such as --data.shards SHARDS or --deepspeed zero2.",
+    )
+    parser.add_argument("--config", required=True, metavar="NAME", help="a recipe, or a run's config.yaml")
+    parser.add_argument("--stage", choices=("pretrain", "finetune"), help="what the recipe is for, where both have one")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (1)")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs of each node (1)")
+    parser.add_argument("--samples", type=int, metavar="N", help="samples of the set, where there are no shards yet")
+    parser.add_argument("--classes", type=int, metavar="N", help="its classes, to finetune")
+    parser.add_argument("--throughput", type=float, metavar="X", help="clips per second of one GPU, for GPU-hours")
+    parser.add_argument("--from", dest="run", metavar="RUN", help="take the throughput of a run of the same model")
+    parser.add_argument("--measure", action="store_true", help="measure the throughput here, by a few steps")
+    parser.add_argument("--json", action="store_true", help="print all figures as JSON")
+
+    def command() -> None:
+        parsed, overrides = parser.parse_known_args(with_underscores(arguments))
+        from rich.console import Console
+
+        from launch.estimate import Question, estimate
+        from launch.estimate_tables import show
+
+        options = vars(parsed)
+        as_json = options.pop("json")
+        estimated = estimate(Question(overrides=overrides, **options))
+        if as_json:
+            print(json.dumps(estimated, indent=2))
+        else:
+            show(estimated, Console(width=None if sys.stdout.isatty() else 120))
+
+    set_up_logging()
+    return run_command(command)
 
 
 def _convert(arguments: list[str]) -> int:
