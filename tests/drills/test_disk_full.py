@@ -110,8 +110,9 @@ def test_a_disk_that_fills_in_the_middle_of_the_first_save_ends_both_ranks_with_
     assert list((disk.folder / "run" / "checkpoints").iterdir()) == []
 
 
-def test_a_largest_file_size_that_a_checkpoint_exceeds_is_told_in_one_line(recipe, tmp_path):
-    full = run("pretrain", arguments(recipe, tmp_path / "run"), tmp_path, limit_bytes=200 << 10)
+def test_a_largest_file_size_that_a_checkpoint_written_beside_training_exceeds_is_told_in_one_line(recipe, tmp_path):
+    beside = ["--checkpoint.background", "true"]
+    full = run("pretrain", [*arguments(recipe, tmp_path / "run"), *beside], tmp_path, limit_bytes=200 << 10)
     assert_told_in_one_line(full, "step-00000004")
     assert step_folders(tmp_path / "run" / "checkpoints") == []
 
