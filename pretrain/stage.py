@@ -26,6 +26,7 @@ from pretrain.engine.compiler import refuse_divided_weights, refuse_without_comp
 from pretrain.engine.distributed import Processes, launched_world
 from pretrain.engine.optimizer import build_optimizer, build_schedule, members_of_groups
 from pretrain.engine.plan import Plan
+from pretrain.engine.profiling import steps_to_profile
 from pretrain.engine.progress import set_up_logging
 from pretrain.engine.run import KEYS, SKIPPED, Run, open_run, refuse_other_groups
 from pretrain.engine.saving import Export, write_export
@@ -326,6 +327,7 @@ def plan_of(config: RunConfig, run: Run, global_batch: int, steps: int, validate
         validate_every=validate_every,
         max_bad_share=config.data.max_bad_share,
         unvalidated=saved.get("unvalidated"),
+        profile=steps_to_profile(config.profile),
     )
 
 

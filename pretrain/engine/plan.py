@@ -23,6 +23,7 @@ class Plan:
         validate_every: Steps between validations; 0 for never.
         max_bad_share: Share of bad samples past which the run stops.
         unvalidated: Figures of the last step done, where the attempt before was stopped in the validation of that step.
+        profile: Steps that are traced, counted from 1; None traces none.
     """
 
     first_step: int
@@ -39,3 +40,4 @@ class Plan:
     validate_every: int
     max_bad_share: float
     unvalidated: dict[str, Any] | None = None
+    profile: range | None = None

@@ -24,6 +24,7 @@ from pretrain.engine.distributed import Processes
 from pretrain.engine.feeding import begin_reading, on_device
 from pretrain.engine.plan import Plan
 from pretrain.engine.preemption import Cause, StopRequests, first_cause
+from pretrain.engine.profiling import PROFILE, profiled
 from pretrain.engine.progress import Progress
 from pretrain.engine.saving import Export, Saving
 from pretrain.engine.step_figures import LOADER_COSTS, count_skipped, loader_shares, memory_gib, weights_are_finite
@@ -137,9 +138,11 @@ class Trainer:
         waiting = on_device(batches, self.processes.device)
         previous: _StepRecord | None = None
         progress = Progress(plan.steps, plan.first_step, description, self.processes.is_main, plan.log_every)
-        with self.watchdog.watching(), progress, self.saving.finished_at_the_end():
+        to_profile = plan.profile if self.processes.is_main else None
+        tracing = profiled(range(plan.first_step, plan.steps), to_profile, self.skipped_path.parent / PROFILE)
+        with self.watchdog.watching(), progress, self.saving.finished_at_the_end(), tracing as steps:
             self._begin()
-            for step in range(plan.first_step, plan.steps):
+            for step in steps:
                 record = self._step(step, waiting)
                 if previous is not None:
                     self._settle(previous, progress)
