@@ -24,7 +24,7 @@ from torch import nn
 
 from pretrain.engine.distributed import Processes
 from pretrain.engine.failures import has_room, means_full_disk
-from pretrain.engine.manifest import Saved, size_bytes, verify, write_manifest
+from pretrain.engine.manifest import OtherFormat, Saved, size_bytes, verify, write_manifest
 from pretrain.engine.ownership import RunLock
 from pretrain.engine.rank_files import OPTIMIZER, WEIGHTS, RankFiles, Report, zero_stage
 from pretrain.engine.universal import (
@@ -349,7 +349,8 @@ def find_checkpoint(folder: Path, resume: str) -> Saved | None:
         The checkpoint, or None where the run starts afresh.
 
     Raises:
-        Refused: None of the checkpoints can be read, the named one cannot, or the start would bury existing ones.
+        Refused: None of the checkpoints can be read, the named one cannot, the newest one is of another format, or the
+            start would bury existing ones.
     """
     candidates = step_folders(folder)
     newest = _newest_whole(candidates)
@@ -382,6 +383,8 @@ def _newest_whole(candidates: list[Path]) -> Saved | None:
     for candidate in reversed(candidates):
         try:
             return verify(candidate)
+        except OtherFormat:
+            raise
         except Refused as error:
             logger.warning("passed over %s", error)
     return None
