@@ -121,16 +121,20 @@ class Checkpoints:
         self._in_flight = _InFlight(temporary, final, step, state, report)
         self.finish()
 
-    def begin(self, step: int, model: nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
+    def begin(self, step: int, model: nn.Module, optimizer: Any, state: dict[str, Any], more: Any = None) -> Any:
         """Copies the checkpoint of `step` and begins to write it, after the one in flight; every rank calls it.
+
+        Returns:
+            A copy of `more`, see `RankFiles.copy`.
 
         Raises:
             DiskFull: There is no room for it.
             TubeletError: As `save`, of the one in flight.
         """
         temporary, final = self._open(step)
-        report = self._writer.submit(self.files.copy(temporary, model, optimizer))
-        self._in_flight = _InFlight(temporary, final, step, state, report)
+        write, copied = self.files.copy(temporary, model, optimizer, more)
+        self._in_flight = _InFlight(temporary, final, step, state, self._writer.submit(write))
+        return copied
 
     @property
     def is_written(self) -> bool:

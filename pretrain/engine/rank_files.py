@@ -63,23 +63,30 @@ class RankFiles:
         except Exception as error:
             return error
 
-    def copy(self, folder: Path, model: nn.Module, optimizer: Any) -> Callable[[], Report]:
-        """Copies what belongs into this rank's files; every rank calls it.
+    def copy(
+        self, folder: Path, model: nn.Module, optimizer: Any, more: Any = None
+    ) -> tuple[Callable[[], Report], Any]:
+        """Copies what belongs into this rank's files, and more, into host memory; every rank calls it.
+
+        Args:
+            folder: Where the files belong.
+            model: The prepared model.
+            optimizer: The prepared optimiser.
+            more: Dictionaries and lists of tensors; the model's weights among them are copied once for both.
 
         Returns:
-            What writes, syncs and hashes them, in any thread; it has to come to its end before the next copy.
+            What writes, syncs and hashes the files, in any thread, and the copy of `more`. Both have to have done their
+            service before the next copy, which goes into the same memory.
         """
-        copies: list[tuple[Callable[[Any, Path], None], Any, Path]] = []
-
-        def keep(write: Callable[[Any, Path], None], content: Any, path: Path) -> None:
-            copies.append((write, self._stager.stage(content), path))
-
+        files: list[tuple[Callable[[Any, Path], None], Any, Path]] = []
         try:
-            self._hand_over(folder, model, optimizer, keep)
+            self._hand_over(folder, model, optimizer, lambda *file: files.append(file))
+            *contents, more = self._stager.stage([*(content for _, content, _ in files), more])
         except Exception as error:
             failure = error  # the name of an exception ends with its clause
-            return lambda: failure
-        return lambda: self._write_copies(folder, copies)
+            return lambda: failure, None
+        copies = [(write, copied, path) for (write, _, path), copied in zip(files, contents, strict=True)]
+        return lambda: self._write_copies(folder, copies), more
 
     def _write_copies(self, folder: Path, copies: list[tuple[Callable[[Any, Path], None], Any, Path]]) -> Report:
         try:

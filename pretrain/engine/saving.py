@@ -36,12 +36,6 @@ class Exported(NamedTuple):
     weights: dict[str, Tensor]
     write: Callable[[dict[str, Tensor]], None]
 
-    def copied(self) -> "Exported":
-        """Returns the same of weights that training no longer changes, in host memory."""
-        return self._replace(
-            weights={name: value.detach().to("cpu", copy=True) for name, value in self.weights.items()}
-        )
-
 
 Export = Callable[[nn.Module], Exported | None]
 """From the prepared model, on all ranks, to what rank 0 writes; None on the others."""
@@ -87,10 +81,10 @@ class Saving:
             if self.export:
                 write_export(self.processes, self.export(model))
             return
-        self.checkpoints.begin(step, model, optimizer, state)
-        self._in_flight = True
         exported = self.export(model) if self.export else None
-        self._exported = exported.copied() if exported else None
+        copied = self.checkpoints.begin(step, model, optimizer, state, exported.weights if exported else None)
+        self._in_flight = True
+        self._exported = exported._replace(weights=copied) if exported else None
 
     @property
     def is_written(self) -> bool:

@@ -1,8 +1,8 @@
 """How long the step that saves stalls training: written at once, and beside training from a copy in host memory.
 
 `python -m tests.benchmarks.save_stall`; one process on CPU, a model of ViT-S's size with AdamW's states, and an export
-of its weights after each checkpoint. Beside training, the copy and the commit are what stalls; the first copy makes the
-memory that the others use again.
+of its weights after each checkpoint. Beside training, the copy and the commit stall; the first copy makes the memory
+that the others use again. Where the disk is fast, a save at once is short, and the copy more of it.
 """
 
 import statistics
