@@ -29,6 +29,7 @@ from pretrain.data.packed_clips import PackedBatch, PackedTrainingClips, grid_of
 from pretrain.data.shards import ShardSet
 from pretrain.data.training_clips import TrainingClips
 from pretrain.engine.run import Run
+from pretrain.engine.saving import Exported, whole_weights
 from pretrain.engine.tracking import METRICS, read_metrics
 from pretrain.engine.trainer import Objective
 from pretrain.files import sha256_of_file, write_json
@@ -318,10 +319,12 @@ def evaluate_finally(
     return evaluation
 
 
-def export_classifier(description: ModelDescription, run: Run, model: nn.Module) -> None:
-    """Writes the classifier to the run's folder; every rank calls it, since ZeRO 3 gathers the weights."""
-    weights = run.processes.accelerator.get_state_dict(model)
-    run.processes.on_main_only(lambda: save_classifier(run.out / "model", weights, description))
+def export_classifier(description: ModelDescription, run: Run, model: nn.Module) -> Exported | None:
+    """Returns the classifier for the run's folder; every rank calls it, since ZeRO 3 gathers the weights."""
+    weights = whole_weights(run.processes, model)
+    if weights is None:
+        return None
+    return Exported(weights, lambda copied: save_classifier(run.out / "model", copied, description))
 
 
 def write_finetuning_report(

@@ -12,6 +12,7 @@ from pretrain.engine.checkpoint import CheckpointConfig
 from pretrain.engine.distributed import Precision
 from pretrain.engine.optimizer import OptimizerConfig
 from pretrain.engine.preemption import StoppingConfig
+from pretrain.engine.profiling import steps_to_profile
 from pretrain.engine.tracking import TrackingMode
 from pretrain.errors import Refused
 from pretrain.model.encoder import EncoderConfig
@@ -79,6 +80,8 @@ class RunConfig:
     """Steps between lines of metrics.jsonl."""
     log_keys: bool = False
     """Write the keys of each step's samples to keys.jsonl, those of substitutes for bad samples included."""
+    profile: str | None = None
+    """Steps A:B as in metrics.jsonl of which rank 0 writes a trace to profile/; in YAML in quotes; None traces none."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     """Samples and clips."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -106,6 +109,7 @@ class RunConfig:
             raise Refused(f"seed: {self.seed} must be at least 0 and less than 2 ** 63")
         if self.log_every < 1:
             raise Refused("log_every: must be at least 1")
+        steps_to_profile(self.profile)
         self.data.validate()
         self.data.clip.validate()
         self.optimizer.validate()
@@ -130,6 +134,9 @@ class RunConfig:
     def total_steps(self, steps_per_epoch: int) -> int:
         """Returns the length of the run in steps; raises `Refused` if the warm-up does not fit in."""
         total = self.steps or max(round((self.epochs or 0) * steps_per_epoch), 1)
+        traced = steps_to_profile(self.profile)
+        if traced and traced[-1] > total:
+            raise Refused(f"profile: {self.profile} goes past step {total}, the last of the run")
         warmup = self.optimizer.warmup(steps_per_epoch)
         if warmup >= total:
             raise Refused(

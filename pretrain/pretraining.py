@@ -18,6 +18,7 @@ from pretrain.data.training_clips import TrainingClips
 from pretrain.data.views import HELD_OUT_SET, EvaluationViews, Views
 from pretrain.engine.distributed import Processes
 from pretrain.engine.run import Run
+from pretrain.engine.saving import Exported, whole_weights
 from pretrain.engine.tracking import METRICS, read_metrics
 from pretrain.engine.trainer import Objective
 from pretrain.files import replacing
@@ -215,18 +216,14 @@ def fixed_masks(
     return visible, masked
 
 
-def export_encoder(config: PretrainConfig, run: Run, model: nn.Module) -> None:
-    """Writes the encoder to the run's folder; every rank calls it, since ZeRO 3 gathers the weights."""
-    weights = run.processes.accelerator.get_state_dict(model)
-
-    def write() -> None:
-        encoder = {
-            name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith("encoder.")
-        }
-        description = describe_encoder(config.encoder, config.data.clip, config.data.packing)
-        save_model_folder(run.out / "encoder", encoder, description)
-
-    run.processes.on_main_only(write)
+def export_encoder(config: PretrainConfig, run: Run, model: nn.Module) -> Exported | None:
+    """Returns the encoder for the run's folder; every rank calls it, since ZeRO 3 gathers the weights."""
+    weights = whole_weights(run.processes, model)
+    if weights is None:
+        return None
+    encoder = {name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith("encoder.")}
+    description = describe_encoder(config.encoder, config.data.clip, config.data.packing)
+    return Exported(encoder, lambda copied: save_model_folder(run.out / "encoder", copied, description))
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -25,10 +25,13 @@ from pretrain.data.training_clips import TrainingClips
 from pretrain.engine.compiler import refuse_divided_weights, refuse_without_compiler
 from pretrain.engine.distributed import Processes, launched_world
 from pretrain.engine.optimizer import build_optimizer, build_schedule, members_of_groups
+from pretrain.engine.plan import Plan
+from pretrain.engine.profiling import steps_to_profile
 from pretrain.engine.progress import set_up_logging
 from pretrain.engine.run import KEYS, SKIPPED, Run, open_run, refuse_other_groups
+from pretrain.engine.saving import Export, write_export
 from pretrain.engine.tracking import METRICS, read_metrics
-from pretrain.engine.trainer import Objective, Plan, Trainer, Validation
+from pretrain.engine.trainer import Objective, Trainer, Validation
 from pretrain.errors import Refused
 from pretrain.model.blocks import recompute_activations
 from pretrain.report import Figure, curves
@@ -239,7 +242,7 @@ def train(
     objective: Objective,
     validation: Validation | None,
     validate_every: int,
-    export: Callable[[nn.Module], None],
+    export: Export,
 ) -> nn.Module:
     """Trains a model to the end of the run, from its checkpoint where it has one; every rank calls it.
 
@@ -253,7 +256,7 @@ def train(
         objective: Computes the loss of a batch.
         validation: Computes figures on held-out samples; None validates nothing.
         validate_every: Steps between validations.
-        export: Called by all ranks with the prepared model after each checkpoint, to write its weights.
+        export: Called by all ranks with the prepared model for each checkpoint, to export its weights.
 
     Returns:
         The model, prepared for this world and trained.
@@ -301,7 +304,7 @@ def train(
     )
     trainer.train(batches_of(clips, requests, pin_memory=processes.device.type == "cuda"), run.state["stage"])
     if run.first_step >= steps:  # the last attempt ended between its last checkpoint and the export
-        export(model)
+        write_export(processes, export(model))
     run.stop.abandon_forward(model, processes, "after its last step, which is saved")
     return model
 
@@ -324,6 +327,7 @@ def plan_of(config: RunConfig, run: Run, global_batch: int, steps: int, validate
         validate_every=validate_every,
         max_bad_share=config.data.max_bad_share,
         unvalidated=saved.get("unvalidated"),
+        profile=steps_to_profile(config.profile),
     )
 
 

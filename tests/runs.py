@@ -27,6 +27,7 @@ import importlib, json, os, signal, sys, time
 os.environ["DS_ACCELERATOR"] = "cpu"
 import accelerate, decord, deepspeed, deepspeed.runtime.zero.muon.original_muon, deepspeed.runtime.zero.stage3
 import finetune.finetuning, finetune.predict, launch.cli, matplotlib.backends.backend_svg, pretrain.pretraining, torch
+import torch.distributed.checkpoint.staging
 from accelerate.utils import DeepSpeedPlugin
 
 def child(order):

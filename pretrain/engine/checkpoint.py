@@ -4,6 +4,9 @@
                            must be there, writes manifest.json last and syncs
     step-00001200/         the rename is the commit; only then are older checkpoints pruned
 
+Every rank writes at once, or copies its part into host memory and lets a thread write it while training goes on. The
+order of things is the same: all ranks commit together, later, once all have written.
+
 Resuming takes the newest folder whose manifest verifies and says why it passed over others. A folder that holds
 checkpoints of which none can be read is an error, never a fresh start.
 """
@@ -11,19 +14,20 @@ checkpoints of which none can be read is an error, never a fresh start.
 import dataclasses
 import logging
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from pretrain.engine.distributed import Processes
 from pretrain.engine.failures import has_room, means_full_disk
-from pretrain.engine.manifest import Saved, describe_files, size_bytes, verify, write_manifest
+from pretrain.engine.manifest import OtherFormat, Saved, size_bytes, verify, write_manifest
 from pretrain.engine.ownership import RunLock
+from pretrain.engine.rank_files import OPTIMIZER, WEIGHTS, RankFiles, Report, zero_stage
 from pretrain.engine.universal import (
-    CLIENT_STATE,
     TAG,
     convert,
     find_converted,
@@ -49,6 +53,9 @@ class CheckpointConfig:
     """Newest checkpoints that stay."""
     keep_every: int | None = None
     """Steps between checkpoints that stay for good, a multiple of every; None keeps none for good."""
+    background: bool = False
+    """Write while training goes on, from a copy in host memory that takes as much of it as a rank's files take of the
+    disk; the checkpoint of a run that ends is always written at once."""
 
     def validate(self) -> None:
         """Raises `Refused` for numbers below 1, and where nothing would ever be kept for good."""
@@ -61,6 +68,16 @@ class CheckpointConfig:
                 f"checkpoint.keep_every: {self.keep_every} is no multiple of checkpoint.every {self.every}; use "
                 f"{-(-self.keep_every // self.every) * self.every}"
             )
+
+
+class _InFlight(NamedTuple):
+    """A save that is not committed yet."""
+
+    temporary: Path
+    final: Path
+    step: int
+    state: dict[str, Any]
+    report: "Future[Report]"
 
 
 class Checkpoints:
@@ -79,6 +96,9 @@ class Checkpoints:
         self.processes = processes
         self.lock = lock
         self.config = config
+        self.files = RankFiles(processes)
+        self._in_flight: _InFlight | None = None
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._whole: set[str] = set()  # names of folders that this process wrote or verified
         processes.on_main_only(self._remove_leftovers)
 
@@ -88,19 +108,55 @@ class Checkpoints:
             shutil.rmtree(stale)
 
     def save(self, step: int, model: nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
-        """Writes and commits the checkpoint of `step`; every rank calls it.
+        """Writes and commits the checkpoint of `step`, after the one in flight; every rank calls it.
 
         Raises:
             DiskFull: No space is left; the previous checkpoint is untouched.
             StoppedByRule: Another job has taken over the run.
             TubeletError: A rank failed to write, or a file is missing.
         """
+        temporary, final = self._open(step)
+        report: Future[Report] = Future()
+        report.set_result(self.files.write(temporary, model, optimizer))
+        self._in_flight = _InFlight(temporary, final, step, state, report)
+        self.finish()
+
+    def begin(self, step: int, model: nn.Module, optimizer: Any, state: dict[str, Any], more: Any = None) -> Any:
+        """Copies the checkpoint of `step` and begins to write it, after the one in flight; every rank calls it.
+
+        Returns:
+            A copy of `more`, see `RankFiles.copy`.
+
+        Raises:
+            DiskFull: There is no room for it.
+            TubeletError: As `save`, of the one in flight.
+        """
+        temporary, final = self._open(step)
+        write, copied = self.files.copy(temporary, model, optimizer, more)
+        self._in_flight = _InFlight(temporary, final, step, state, self._writer.submit(write))
+        return copied
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank has nothing left to write, be it that it failed."""
+        return self._in_flight is None or self._in_flight.report.done()
+
+    def finish(self) -> None:
+        """Waits for the save in flight, if there is one, and commits it; every rank calls it; raises as `save`."""
+        if self._in_flight is None:
+            return
+        saved, self._in_flight = self._in_flight, None
+        reports = self.processes.gather_objects(saved.report.result())
+        self.processes.on_main(lambda: self._commit(saved, reports))
+
+    def _open(self, step: int) -> tuple[Path, Path]:
+        """Returns the temporary folder of a step, which is there, and the final one."""
+        self.finish()
         final = self.folder / f"step-{step:08d}"
         attempt = self.processes.gather_objects(self._attempt)[0]
         temporary = final.with_name(f"{final.name}.tmp-{attempt}")
         self.processes.on_main_only(lambda: self._make(temporary, final))
-        reports = self.processes.gather_objects(self._write_own_files(temporary, model, optimizer))
-        self.processes.on_main(lambda: self._commit(temporary, final, reports, step, state))
+        return temporary, final
 
     @property
     def _attempt(self) -> int | None:
@@ -124,44 +180,22 @@ class Checkpoints:
                 f"free on the disk; free some and start again; the checkpoints before are whole"
             )
 
-    def _write_own_files(self, folder: Path, model: nn.Module, optimizer: Any) -> dict[str, Any] | Exception:
-        """Returns size and hash of each file this rank wrote, or the error that stopped it."""
-        try:
-            if self.processes.uses_deepspeed:
-                _save_with_deepspeed(model, folder)
-            elif self.processes.is_main:
-                save_file(self.processes.accelerator.unwrap_model(model).state_dict(), folder / "model.safetensors")
-                scaler = self.processes.accelerator.scaler
-                torch.save(
-                    {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else None},
-                    folder / "optimizer.pt",
-                )
-            own = (path for path in folder.rglob("*") if path.is_file() and self._is_own(path.name))
-            return describe_files(folder, own)
-        except Exception as error:  # any failure of any library must reach rank 0, or the other ranks wait for ever
-            return error
-
-    def _is_own(self, name: str) -> bool:
-        """DeepSpeed names what a rank wrote after it; all else is rank 0's."""
-        if "zero_pp_rank_" in name:
-            return f"zero_pp_rank_{self.processes.rank}_" in name
-        return self.processes.is_main
-
-    def _commit(self, temporary: Path, final: Path, reports: list[Any], step: int, state: dict[str, Any]) -> None:
+    def _commit(self, saved: _InFlight, reports: list[Report]) -> None:
         """Commits what all ranks wrote, or removes it and raises; runs on rank 0."""
+        files: dict[str, Any] = {}
         try:
             for report in reports:
                 if isinstance(report, Exception):
                     raise report
-            files = {name: entry for report in reports for name, entry in report.items()}
-            self._check_complete(temporary, files)
-            write_manifest(temporary, step, state, files)
-            self._rename(temporary, final)
+                files |= report
+            self.files.check_complete(saved.temporary, files)
+            write_manifest(saved.temporary, saved.step, saved.state, files)
+            self._rename(saved.temporary, saved.final)
         except Exception as error:
-            raise self._undone(error, temporary, final) from error
-        logger.info("saved %s", final)
-        self._whole.add(final.name)
-        self._prune(final)
+            raise self._undone(error, saved.temporary, saved.final) from error
+        logger.info("saved %s", saved.final)
+        self._whole.add(saved.final.name)
+        self._prune(saved.final)
 
     def _rename(self, temporary: Path, final: Path) -> None:
         """Commits a folder, unless another job has taken over the run."""
@@ -185,23 +219,6 @@ class Checkpoints:
                 f"{folder}: no space left on the disk; free some and start again; the checkpoints before are whole"
             )
         return TubeletError(f"{folder}: cannot be written: {error}; the checkpoints before it are whole")
-
-    def _check_complete(self, folder: Path, files: dict[str, Any]) -> None:
-        there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-        if there != set(files):
-            raise TubeletError(f"{folder}: {sorted(there ^ set(files))} were not reported by the rank that owns them")
-        for rank, needed in self._needed():
-            if not any(all(part in name for part in needed) for name in files):
-                raise TubeletError(f"{folder}: rank {rank} left no file named like {'*'.join(needed)}")
-
-    def _needed(self) -> list[tuple[int, tuple[str, ...]]]:
-        """What must be in a checkpoint: parts of file names, each with the rank that writes it."""
-        if not self.processes.uses_deepspeed:
-            return [(0, ("model.safetensors",)), (0, ("optimizer.pt",))]
-        needed: list[tuple[int, tuple[str, ...]]] = [(0, ("model_states.pt",))]
-        if zero_stage(self.processes) > 0:
-            needed += [(rank, (f"zero_pp_rank_{rank}_", "optim_states.pt")) for rank in range(self.processes.world)]
-        return needed
 
     def _prune(self, newest: Path) -> None:
         """Removes older checkpoints once `keep_last` whole ones stay, but for those that stay for good.
@@ -252,10 +269,8 @@ class Checkpoints:
             elif self.processes.uses_deepspeed:
                 model.load_checkpoint(saved.folder, tag=TAG)
             else:
-                self.processes.accelerator.unwrap_model(model).load_state_dict(
-                    load_file(saved.folder / "model.safetensors")
-                )
-                stored = torch.load(saved.folder / "optimizer.pt", map_location="cpu", weights_only=True)
+                self.processes.accelerator.unwrap_model(model).load_state_dict(load_file(saved.folder / WEIGHTS))
+                stored = torch.load(saved.folder / OPTIMIZER, map_location="cpu", weights_only=True)
                 optimizer.load_state_dict(stored["optimizer"])
                 if stored["scaler"] and self.processes.accelerator.scaler:
                     self.processes.accelerator.scaler.load_state_dict(stored["scaler"])
@@ -294,21 +309,6 @@ class Checkpoints:
             self._rename(temporary, final)
         except Exception as error:
             raise self._undone(error, temporary, final) from error
-
-
-def _save_with_deepspeed(engine: Any, folder: Path) -> None:
-    """Saves; a rank that fails joins the barrier at which DeepSpeed lets the others wait for it, else they wait on."""
-    try:
-        engine.save_checkpoint(folder, tag=TAG, client_state=CLIENT_STATE, save_latest=False)
-    except Exception:
-        if torch.distributed.get_world_size() > 1:
-            torch.distributed.barrier()
-        raise
-
-
-def zero_stage(processes: Processes) -> int:
-    """Returns the ZeRO stage in use."""
-    return processes.accelerator.state.deepspeed_plugin.zero_stage
 
 
 def engine_kind(processes: Processes) -> dict[str, Any]:
@@ -353,7 +353,8 @@ def find_checkpoint(folder: Path, resume: str) -> Saved | None:
         The checkpoint, or None where the run starts afresh.
 
     Raises:
-        Refused: None of the checkpoints can be read, the named one cannot, or the start would bury existing ones.
+        Refused: None of the checkpoints can be read, the named one cannot, the newest one is of another format, or the
+            start would bury existing ones.
     """
     candidates = step_folders(folder)
     newest = _newest_whole(candidates)
@@ -386,6 +387,8 @@ def _newest_whole(candidates: list[Path]) -> Saved | None:
     for candidate in reversed(candidates):
         try:
             return verify(candidate)
+        except OtherFormat:
+            raise
         except Refused as error:
             logger.warning("passed over %s", error)
     return None

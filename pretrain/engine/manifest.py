@@ -17,6 +17,10 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 
 
+class OtherFormat(Refused):
+    """A checkpoint is whole, but another Tubelet's; an older one must not be taken in its place."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Saved:
     """A checkpoint whose manifest verified.
@@ -57,20 +61,22 @@ def write_manifest(folder: Path, step: int, state: dict[str, Any], files: dict[s
 
 
 def verify(folder: Path) -> Saved:
-    """Compares a checkpoint with its manifest; raises `Refused` that says what is wrong."""
+    """Compares a checkpoint with its manifest; raises `Refused` (or `OtherFormat`) that says what is wrong."""
     try:
         manifest = dict(json.loads((folder / MANIFEST).read_text()))
     except FileNotFoundError:
         raise Refused(f"{folder}: has no {MANIFEST}, so it is no complete checkpoint") from None
     except (ValueError, TypeError, OSError) as error:
         raise Refused(f"{folder / MANIFEST}: cannot be read: {error}") from None
+    sha256 = manifest.pop("sha256", None)
+    unchanged = sha256 == _sha256_of(manifest)
     if manifest.get("format") != FORMAT_VERSION:
-        raise Refused(
+        kind = OtherFormat if unchanged else Refused
+        raise kind(
             f"{folder / MANIFEST}: has format {manifest.get('format')}, this Tubelet reads {FORMAT_VERSION}; use the "
             f"Tubelet that wrote it"
         )
-    sha256 = manifest.pop("sha256", None)
-    if sha256 != _sha256_of(manifest):
+    if not unchanged:
         raise Refused(f"{folder / MANIFEST}: was changed since it was written")
     for name, entry in manifest["files"].items():
         _compare(folder / name, entry["bytes"], entry["sha256"])

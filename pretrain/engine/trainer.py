@@ -6,7 +6,6 @@ never makes the GPU wait; a checkpoint is written only after all of them were fo
 whether a rank was told to stop (see `preemption.py`), so all ranks save and end in the same step.
 """
 
-import dataclasses
 import logging
 import math
 import random
@@ -23,8 +22,11 @@ from torch import Tensor, nn
 from pretrain.engine.checkpoint import Checkpoints
 from pretrain.engine.distributed import Processes
 from pretrain.engine.feeding import begin_reading, on_device
+from pretrain.engine.plan import Plan
 from pretrain.engine.preemption import Cause, StopRequests, first_cause
+from pretrain.engine.profiling import PROFILE, profiled
 from pretrain.engine.progress import Progress
+from pretrain.engine.saving import Export, Saving
 from pretrain.engine.step_figures import LOADER_COSTS, count_skipped, loader_shares, memory_gib, weights_are_finite
 from pretrain.engine.tracking import Tracker, read_metrics
 from pretrain.engine.watchdog import Watchdog
@@ -40,43 +42,6 @@ Objective = Callable[[nn.Module, Any], Tensor]
 
 Validation = Callable[[nn.Module], dict[str, float]]
 """Called by all ranks with the prepared model; returns what to log."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """How long a run is and when it does what.
-
-    Attributes:
-        first_step: Steps done already.
-        samples_read: Samples that these steps read.
-        samples_padded: Samples that were too short for their time window in these steps.
-        steps: Steps in the whole run.
-        accumulation: Micro-batches in a step.
-        samples_per_step: Samples that all ranks together read in a step.
-        repeats: Clips cut from each sample.
-        seed: Seed of dropout, drop path and mixup.
-        clip_grad: Greatest gradient norm, or None.
-        log_every: Steps between lines of `metrics.jsonl`.
-        checkpoint_every: Steps between checkpoints.
-        validate_every: Steps between validations; 0 for never.
-        max_bad_share: Share of bad samples past which the run stops.
-        unvalidated: Figures of the last step done, where the attempt before was stopped in the validation of that step.
-    """
-
-    first_step: int
-    samples_read: int
-    samples_padded: int
-    steps: int
-    accumulation: int
-    samples_per_step: int
-    repeats: int
-    seed: int
-    clip_grad: float | None
-    log_every: int
-    checkpoint_every: int
-    validate_every: int
-    max_bad_share: float
-    unvalidated: dict[str, Any] | None = None
 
 
 class _StepRecord(NamedTuple):
@@ -109,7 +74,7 @@ class Trainer:
         skipped_path: File to which rank 0 appends the samples passed over; it holds those of the steps before.
         state: What checkpoints note beside the weights.
         validation: Computes figures on held-out samples.
-        on_checkpoint: Called by all ranks after each checkpoint, to export weights.
+        export: Returns what is exported after each checkpoint.
         keys_path: File to which rank 0 appends the keys of each step's samples; None writes none.
         stop: Knows whether this rank was told to stop.
         watchdog: Is told what the run is about to do.
@@ -128,7 +93,7 @@ class Trainer:
         skipped_path: Path,
         state: dict[str, Any],
         validation: Validation | None = None,
-        on_checkpoint: Callable[[nn.Module], None] | None = None,
+        export: Export | None = None,
         keys_path: Path | None = None,
         stop: StopRequests | None = None,
         watchdog: Watchdog | None = None,
@@ -140,12 +105,11 @@ class Trainer:
         self.optimizer = optimizer
         self.schedule = schedule
         self.objective = objective
-        self.checkpoints = checkpoints
+        self.saving = Saving(checkpoints, processes, export)
         self.tracker = tracker
         self.skipped_path = skipped_path
         self.state = state
         self.validation = validation
-        self.on_checkpoint = on_checkpoint
         self.keys_path = keys_path
         self.stop = stop or StopRequests()
         self.watchdog = watchdog or Watchdog(0, skipped_path.parent, processes.rank, lambda reason: None)
@@ -174,9 +138,11 @@ class Trainer:
         waiting = on_device(batches, self.processes.device)
         previous: _StepRecord | None = None
         progress = Progress(plan.steps, plan.first_step, description, self.processes.is_main, plan.log_every)
-        with self.watchdog.watching(), progress:
+        to_profile = plan.profile if self.processes.is_main else None
+        tracing = profiled(range(plan.first_step, plan.steps), to_profile, self.skipped_path.parent / PROFILE)
+        with self.watchdog.watching(), progress, self.saving.finished_at_the_end(), tracing as steps:
             self._begin()
-            for step in range(plan.first_step, plan.steps):
+            for step in steps:
                 record = self._step(step, waiting)
                 if previous is not None:
                     self._settle(previous, progress)
@@ -212,9 +178,8 @@ class Trainer:
         self._check_before_saving(done)
         counts = {"samples_read": self.samples_read, "samples_padded": self.samples_padded}
         state = self.state | counts | {"unvalidated": self._unvalidated}
-        self.checkpoints.save(done, self.model, self.optimizer, state)
-        if self.on_checkpoint:
-            self.on_checkpoint(self.model)
+        is_last = self._cause is not None or done == self.plan.steps
+        self.saving.save(done, self.model, self.optimizer, state, at_once=is_last)
         if self._cause:
             raise self._cause.error(f"after step {done}, which is saved")
 
@@ -273,12 +238,14 @@ class Trainer:
         """Gathers a step's figures from all ranks, stops the run if they ask for it, and logs them."""
         own_loss, gradient_norm = record.loss_and_norm()
         own = [own_loss, record.data_wait_s, record.seconds, memory_gib(self.processes.device)]
-        counts = [record.padded, len(record.skipped), self._failure is not None, self.stop.code]
+        counts = [record.padded, len(record.skipped), self._failure is not None, self.stop.code, self.saving.is_written]
         gathered = self.processes.gather(torch.tensor([*own, *counts, *record.costs], dtype=torch.float64))
-        loss, data_wait_s, seconds, memory, padded, skipped, failed, stops, *costs = gathered.unbind(1)
+        loss, data_wait_s, seconds, memory, padded, skipped, failed, stops, written, *costs = gathered.unbind(1)
         self._end_if_failed(failed)
         self._stop_if_not_finite(record, loss)
         self._cause = self._cause or first_cause(stops)
+        if written.all():
+            self.saving.commit()
         self.samples_read += self.plan.samples_per_step
         self.samples_padded += int(padded.sum())
         if skipped.sum() > 0:
@@ -327,6 +294,7 @@ class Trainer:
                 raise self._failure
 
         if failed.any():
+            self.saving.finish_before_the_end()
             self.processes.on_main_only(tell)
 
     def _check_before_saving(self, step: int) -> None:

@@ -1,9 +1,12 @@
 """Many kills in one run, most of them between two file operations of a checkpoint, against the undisturbed run.
 
+By chance an attempt writes its checkpoints at once or beside training; the undisturbed run writes them at once.
+
 `python -m tests.drills.kill_many --kills 200` prints how many runs ended in the very weights of the undisturbed one.
 """
 
 import argparse
+import itertools
 import random
 import sys
 import tempfile
@@ -54,7 +57,8 @@ def drill(recipe: Path, folder: Path, engine: str, kills: int, chosen: random.Ra
     undisturbed = folder / "undisturbed"
     counting = run("pretrain", command(undisturbed), folder, world=world, kill_at=0)
     assert counting.codes == [0] * world, counting.text
-    operations = max(map(int, counting.outputs[0].with_suffix(".operations").read_text().split()))
+    counted = [0, *map(int, counting.outputs[0].with_suffix(".operations").read_text().split())]
+    operations = max(later - earlier for earlier, later in itertools.pairwise(counted))
     made = while_saving = identical = runs = 0
     failures: list[str] = []
     while made < kills:
@@ -63,7 +67,8 @@ def drill(recipe: Path, folder: Path, engine: str, kills: int, chosen: random.Ra
             here = min(kills - made, KILLS_IN_A_RUN - in_this_run)
             saving = chosen.random() < SHARE_WHILE_SAVING
             kill_at = chosen.randint(1, 2 * operations) if here and saving else 0
-            going = start("pretrain", command(out), folder, world=world, kill_at=kill_at)
+            beside = ["--checkpoint.background", chosen.choice(("true", "false"))]
+            going = start("pretrain", [*command(out), *beside], folder, world=world, kill_at=kill_at)
             if here and not saving:
                 _kill_at_a_moment(going, out, chosen)
             _end_with_rank_0(going)

@@ -3,17 +3,23 @@
 The disk is one of its own where the tests may mount one; elsewhere a largest file size stands in for its end.
 """
 
+import contextlib
 import os
 import re
+import resource
 import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from pretrain.engine.checkpoint import find_checkpoint, step_folders
+from pretrain.engine.checkpoint import CheckpointConfig, Checkpoints, find_checkpoint, step_folders
+from pretrain.engine.distributed import Processes
+from pretrain.engine.ownership import RunLock
 from pretrain.engine.tracking import read_metrics
+from pretrain.errors import DiskFull
 from tests.runs import Started, run, start, tiny_pretraining
 
 DISK_BYTES = 24 << 20
@@ -110,10 +116,59 @@ def test_a_disk_that_fills_in_the_middle_of_the_first_save_ends_both_ranks_with_
     assert list((disk.folder / "run" / "checkpoints").iterdir()) == []
 
 
-def test_a_largest_file_size_that_a_checkpoint_exceeds_is_told_in_one_line(recipe, tmp_path):
-    full = run("pretrain", arguments(recipe, tmp_path / "run"), tmp_path, limit_bytes=200 << 10)
+def test_a_largest_file_size_that_a_checkpoint_written_beside_training_exceeds_is_told_in_one_line(recipe, tmp_path):
+    beside = ["--checkpoint.background", "true"]
+    full = run("pretrain", [*arguments(recipe, tmp_path / "run"), *beside], tmp_path, limit_bytes=200 << 10)
     assert_told_in_one_line(full, "step-00000004")
     assert step_folders(tmp_path / "run" / "checkpoints") == []
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_disk_that_fills_at_any_write_of_a_save_leaves_nothing_of_it_and_a_save_with_room_is_whole(disk, background):
+    """Two pages more each time, until there is room for all of it."""
+    room_bytes = 0
+    with Processes() as processes:
+        model, optimizer = processes.prepare(*small_model())
+        lock = RunLock(disk.folder)
+        while True:
+            checkpoints = Checkpoints(disk.folder / "checkpoints", processes, lock, CheckpointConfig())
+            disk.fill(room_bytes)
+            said = ""
+            try:
+                with limited(disk.limit_bytes):
+                    (checkpoints.begin if background else checkpoints.save)(1, model, optimizer, {})
+                    checkpoints.finish()
+            except DiskFull as error:
+                said = str(error)
+            if not said:
+                break
+            assert "step-00000001: no space left on the disk" in said
+            assert list(checkpoints.folder.iterdir()) == []
+            disk.free()
+            room_bytes += 2 * os.sysconf("SC_PAGESIZE")
+    assert room_bytes > 20_000, "several writes failed"
+    assert find_checkpoint(disk.folder / "checkpoints", "auto").step == 1
+
+
+def small_model() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """A model of some pages, with its optimiser's states."""
+    model = torch.nn.Linear(64, 64)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 64)).sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+@contextlib.contextmanager
+def limited(size_bytes: int) -> Iterator[None]:
+    """Limits the size of the files that this process writes, unless the limit is 0."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if size_bytes:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_disk_that_is_full_from_the_start_is_told_in_one_line(recipe, disk, tmp_path):

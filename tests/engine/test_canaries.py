@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from pretrain.commandline import find_recipe
 from pretrain.engine.distributed import Processes
 from pretrain.engine.manifest import Saved
+from pretrain.engine.rank_files import _taken_from
 from pretrain.engine.universal import CLIENT_STATE, TAG, convert
 from tests.runs import own_environment
 
@@ -100,6 +102,42 @@ def test_a_checkpoint_is_made_of_the_files_that_the_protocol_expects(tmp_path, s
     model = {1: "mp_rank_00_model_states.pt", 3: "zero_pp_rank_0_mp_rank_00_model_states.pt"}[stage]
     scripts = {"zero_to_fp32.py", "zero_to_torch.py"} & names
     assert names - scripts == {f"deepspeed/{model}", "deepspeed/zero_pp_rank_0_mp_rank_00_optim_states.pt"}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_all_that_deepspeed_writes_it_hands_to_its_checkpoint_engine_but_for_two_scripts(tmp_path, stage):
+    """`RankFiles` takes it there, to copy it and to write it later by the same method."""
+    with zero(stage) as processes:
+        engine, _ = engine_of(processes)
+        step(processes, engine)
+        before = engine.checkpoint_engine
+        taken = []
+        with _taken_from(engine.checkpoint_engine, lambda write, content, path: taken.append((write, content, path))):
+            engine.save_checkpoint(tmp_path, tag=TAG, client_state=CLIENT_STATE, save_latest=False)
+        written = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+        assert written <= {"zero_to_fp32.py", "zero_to_torch.py"}
+        for write, content, path in taken:
+            write(content, path)
+        assert all(path.is_file() for _, _, path in taken)
+        assert len(taken) == (2 if stage else 1)
+        assert engine.checkpoint_engine is before
+        assert "save" not in vars(before)
+        assert not before.is_decoupled(), "which writes after it said that it had"
+
+
+def test_copies_keep_what_shares_memory_shared_and_use_their_memory_again():
+    """`RankFiles.copy` counts on `DefaultStager` for both; DeepSpeed's parameters are views of one flat tensor."""
+    stager = DefaultStager(StagingOptions(False, False, False, False))
+    flat = torch.arange(6.0)
+    content = {"parts": [flat[:2], flat[2:].view(2, 2)], "number": torch.tensor(1), "decay": 0.5}
+    first = stager.stage(content)
+    flat += 1
+    assert torch.equal(first["parts"][1], torch.tensor([[2.0, 3.0], [4.0, 5.0]]))
+    places = [part.untyped_storage().data_ptr() for part in first["parts"]]
+    assert places[0] == places[1] != flat.untyped_storage().data_ptr()
+    second = stager.stage(content)
+    assert [part.untyped_storage().data_ptr() for part in second["parts"]] == places
+    assert torch.equal(second["parts"][0], flat[:2])
 
 
 def test_the_universal_format_can_be_asked_for_at_loading_and_gives_zero_3_one_decay_and_one_counter_for_all(tmp_path):

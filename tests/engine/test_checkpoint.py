@@ -19,6 +19,7 @@ from pretrain.engine.checkpoint import (
     verify,
 )
 from pretrain.engine.distributed import Processes
+from pretrain.engine.manifest import _sha256_of
 from pretrain.engine.ownership import RunLock
 from pretrain.errors import Refused, StoppedByRule, TubeletError
 
@@ -122,6 +123,18 @@ def test_another_model_or_another_format_is_refused(tmp_path, processes):
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 99}))
     with pytest.raises(Refused, match="has format 99, this Tubelet reads 1"):
         verify(saved.folder)
+
+
+def test_a_whole_checkpoint_of_a_newer_format_is_refused_and_no_older_one_taken_in_its_place(tmp_path, processes):
+    checkpoints = opened(tmp_path, processes)
+    for step in (5, 10):
+        checkpoints.save(step, *trained(processes, seed=step), STATE)
+    manifest = checkpoints.folder / "step-00000010" / "manifest.json"
+    newer = json.loads(manifest.read_text()) | {"format": 2}
+    del newer["sha256"]
+    manifest.write_text(json.dumps(newer | {"sha256": _sha256_of(newer)}))
+    with pytest.raises(Refused, match=r"step-00000010/manifest\.json: has format 2, this Tubelet reads 1; use the Tub"):
+        find_checkpoint(checkpoints.folder, "auto")
 
 
 def names(checkpoints: Checkpoints) -> list[str]:

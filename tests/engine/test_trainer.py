@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -20,7 +21,7 @@ from pretrain.data.loader import Batch, MicroBatches
 from pretrain.data.order import Order
 from pretrain.data.shards import ShardSet
 from pretrain.data.training_clips import Costs
-from pretrain.engine.checkpoint import CheckpointConfig, Checkpoints, engine_kind, find_checkpoint
+from pretrain.engine.checkpoint import CheckpointConfig, Checkpoints, engine_kind, find_checkpoint, step_folders
 from pretrain.engine.distributed import Processes
 from pretrain.engine.optimizer import OptimizerConfig, build_schedule
 from pretrain.engine.ownership import RunLock
@@ -99,7 +100,9 @@ def test_too_many_samples_that_cannot_be_decoded_stop_the_run_and_are_listed(rec
     assert all("its checksum differs" in entry["reason"] for entry in skipped)
 
 
-def trainer_of(out: Path, processes: Processes, objective, checkpoint_every: int = 1) -> Trainer:
+def trainer_of(
+    out: Path, processes: Processes, objective, checkpoint_every: int = 1, background: bool = False
+) -> Trainer:
     """A trainer of one small layer for three steps."""
     plan = Plan(
         samples_read=0,
@@ -119,7 +122,9 @@ def trainer_of(out: Path, processes: Processes, objective, checkpoint_every: int
     layer = torch.nn.Linear(2, 2)
     model, optimizer = processes.prepare(layer, torch.optim.AdamW(layer.parameters()))
     schedule = build_schedule(optimizer, OptimizerConfig(), 1, 0, plan.steps)
-    checkpoints = Checkpoints(out / "checkpoints", processes, RunLock(out), CheckpointConfig())
+    checkpoints = Checkpoints(
+        out / "checkpoints", processes, RunLock(out), CheckpointConfig(keep_last=3, background=background)
+    )
     tracker = Tracker(out, "none", {}, "pretrain")
     state = {"engine": engine_kind(processes)}
     return Trainer(
@@ -159,6 +164,47 @@ def test_weights_that_the_last_backward_pass_broke_are_never_saved_though_no_los
             trainer.train(batches([]), "test")
     assert find_checkpoint(tmp_path / "checkpoints", "auto").step == 1
     assert [entry["loss"] for entry in read_metrics(tmp_path / "metrics.jsonl")][1] == 0.0
+
+
+def not_finite(trainer: Trainer) -> torch.Tensor:
+    return trainer.model.weight.sum() * math.nan
+
+
+def no_room_for_the_record(trainer: Trainer) -> torch.Tensor:
+    trainer._failure = DiskFull("metrics.jsonl: no space left on the disk")
+    return trainer.model.weight.sum()
+
+
+def told_to_stop(trainer: Trainer) -> torch.Tensor:
+    trainer.stop._signal = signal.SIGUSR2
+    return trainer.model.weight.sum()
+
+
+def bug(trainer: Trainer) -> torch.Tensor:
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    ("third_step", "error", "saved"),
+    [
+        (not_finite, StoppedByRule, [1, 2]),
+        (no_room_for_the_record, DiskFull, [1, 2]),
+        (told_to_stop, Preempted, [1, 2, 3]),
+        (bug, ZeroDivisionError, [1, 2]),
+    ],
+)
+def test_whatever_ends_a_run_commits_first_what_is_written_beside_training(tmp_path, third_step, error, saved):
+    """Every step saves, so that each ending is met while the checkpoint of the step before is in flight."""
+    calls = itertools.count(1)
+
+    def objective(model, batch):
+        return model(batch.clips).sum() if next(calls) < 3 else third_step(trainer)
+
+    with Processes() as processes:
+        trainer = trainer_of(tmp_path, processes, objective, background=True)
+        with pytest.raises(error):
+            trainer.train(batches([]), "test")
+    assert [int(folder.name[-8:]) for folder in step_folders(tmp_path / "checkpoints")] == saved
 
 
 def test_the_part_of_a_weight_that_zero_3_leaves_on_a_rank_is_looked_at_without_its_padding():
