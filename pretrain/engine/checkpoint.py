@@ -20,7 +20,7 @@ from torch import nn
 
 from pretrain.engine.distributed import Processes
 from pretrain.engine.failures import has_room, means_full_disk
-from pretrain.engine.manifest import Saved, describe_files, size_bytes, verify, write_manifest
+from pretrain.engine.manifest import OtherFormat, Saved, describe_files, size_bytes, verify, write_manifest
 from pretrain.engine.ownership import RunLock
 from pretrain.engine.universal import (
     CLIENT_STATE,
@@ -386,6 +386,8 @@ def _newest_whole(candidates: list[Path]) -> Saved | None:
     for candidate in reversed(candidates):
         try:
             return verify(candidate)
+        except OtherFormat:
+            raise
         except Refused as error:
             logger.warning("passed over %s", error)
     return None

@@ -17,6 +17,10 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 
 
+class OtherFormat(Refused):
+    """A checkpoint is whole, but of another Tubelet: to pass over it for an older one would lose its steps."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Saved:
     """A checkpoint whose manifest verified.
@@ -57,20 +61,27 @@ def write_manifest(folder: Path, step: int, state: dict[str, Any], files: dict[s
 
 
 def verify(folder: Path) -> Saved:
-    """Compares a checkpoint with its manifest; raises `Refused` that says what is wrong."""
+    """Compares a checkpoint with its manifest.
+
+    Raises:
+        OtherFormat: It is whole, but this Tubelet cannot read it.
+        Refused: It is damaged or incomplete; says where.
+    """
     try:
         manifest = dict(json.loads((folder / MANIFEST).read_text()))
     except FileNotFoundError:
         raise Refused(f"{folder}: has no {MANIFEST}, so it is no complete checkpoint") from None
     except (ValueError, TypeError, OSError) as error:
         raise Refused(f"{folder / MANIFEST}: cannot be read: {error}") from None
-    if manifest.get("format") != FORMAT_VERSION:
-        raise Refused(
-            f"{folder / MANIFEST}: has format {manifest.get('format')}, this Tubelet reads {FORMAT_VERSION}; use the "
-            f"Tubelet that wrote it"
-        )
     sha256 = manifest.pop("sha256", None)
-    if sha256 != _sha256_of(manifest):
+    is_unchanged = sha256 == _sha256_of(manifest)
+    if manifest.get("format") != FORMAT_VERSION:
+        refusal = OtherFormat if is_unchanged else Refused
+        raise refusal(
+            f"{folder / MANIFEST}: has format {manifest.get('format')}, this Tubelet reads {FORMAT_VERSION}; use the "
+            f"Tubelet that wrote it, or give another --out"
+        )
+    if not is_unchanged:
         raise Refused(f"{folder / MANIFEST}: was changed since it was written")
     for name, entry in manifest["files"].items():
         _compare(folder / name, entry["bytes"], entry["sha256"])
