@@ -293,7 +293,7 @@ def _describe_srun() -> None:
 def _require_free(port: int, is_given: bool) -> None:
     """Raises an error where another program of this node listens on the port at which the ranks are to meet.
 
-    The batch script starts a job that was refused no more. So that is for a port that somebody gave; one that follows
+    The batch script does not start a refused job again. So only a port that somebody set is refused; one that follows
     from the job's numbers is another in the next attempt.
     """
     with socket.socket() as probe:

@@ -1,5 +1,6 @@
 """python, torchrun, `accelerate launch`, deepspeed and srun start the same training, by its first 20 losses."""
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
+from pretrain.engine.distributed import SRUN_PORTS
 from pretrain.engine.tracking import read_metrics
 from tests.cluster.jobs import TWO_NODES
 from tests.runs import ROOT, free_port, own_environment
@@ -61,4 +63,17 @@ def test_the_tasks_of_srun_on_two_nodes_train_as_python_alone_does(submit, recip
     job = submit(*TWO_NODES, "slurm/pretrain.sbatch", *arguments(recipe, out, *options))
     assert job.wait() == "COMPLETED", job.text
     assert '"world": 2' in (out / "summary.json").read_text()
+    assert losses(out) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_port_that_another_program_has_taken_costs_one_attempt(submit, recipe, expected, tmp_path):
+    out = tmp_path / "run"
+    job = submit("--hold", *TWO_NODES, "slurm/pretrain.sbatch", *arguments(recipe, out))
+    with socket.socket() as taken:
+        taken.bind(("", SRUN_PORTS[int(job.number) % len(SRUN_PORTS)]))
+        taken.listen()
+        job.cluster.ask("scontrol", "release", job.number)
+        assert job.wait() == "COMPLETED", job.text
+    assert job.shown("Restarts") == "1"
+    assert job.text.count("tubelet: MASTER_PORT: ") == 1
     assert losses(out) == pytest.approx(expected, rel=1e-5)

@@ -29,7 +29,8 @@ from tests.videos import make_video
 def test_a_refused_submission_is_told_in_slurm_s_words(cluster, launch, recipe, tmp_path, options, words):
     out = tmp_path / "run"
     sizes = ["--data.global_batch", 9, "--data.lanes", 1, "--data.micro_batch", 1]
-    code, said = launch("--gpus", 0, *options, "--", "pretrain", "--config", recipe, "--steps", 8, *sizes, "--out", out)
+    pretrain = ["pretrain", "--config", recipe, "--steps", 8, *sizes, "--out", out]
+    code, said = launch("--gpus", 0, "--cpus", 1, *options, "--", *pretrain)
     assert code == 2
     assert said.startswith(f"tubelet: sbatch: {words}")
     assert said.endswith("; sinfo tells what the cluster has\n")
