@@ -33,6 +33,7 @@ from pretrain.engine.saving import Exported, whole_weights
 from pretrain.engine.tracking import METRICS, read_metrics
 from pretrain.engine.trainer import Objective
 from pretrain.files import sha256_of_file, write_json
+from pretrain.identity import named_fields
 from pretrain.model.encoder import EncoderConfig
 from pretrain.packing import validate_packed, visible_tokens
 from pretrain.report import Section, write_report
@@ -40,7 +41,6 @@ from pretrain.stage import (
     curve_figures,
     going_on,
     is_finished,
-    named_fields,
     open_shards,
     open_stage,
     order_of,
@@ -94,11 +94,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     classifier = build_classifier(description, start)
     clips = training_clips(config, description, shards, held_out)
-    trained = {
-        "encoder": sha256_of_file(start.folder / "model.safetensors") if start.folder else None,
-        **named_fields("architecture", description.encoder),
-        **named_fields("head", config.head),
-    }
+    trained = trained_fields(config, start, description)
     with (
         start_processes(config) as processes,
         open_stage(config, processes, "finetune", order, (shards,), trained) as run,
@@ -152,6 +148,15 @@ def describe(config: FinetuneConfig, architecture: EncoderConfig, shards: ShardS
         shards.frame_rate,
         config.data.packing,
     )
+
+
+def trained_fields(config: FinetuneConfig, start: Start, description: ModelDescription) -> dict[str, Any]:
+    """Returns what is trained, by the full names of its fields."""
+    return {
+        "encoder": sha256_of_file(start.folder / "model.safetensors") if start.folder else None,
+        **named_fields("architecture", description.encoder),
+        **named_fields("head", config.head),
+    }
 
 
 def training_clips(

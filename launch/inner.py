@@ -51,7 +51,7 @@ def split_chain(arguments: list[str]) -> tuple[list[str], list[Inner]]:
     return arguments[:place], [Inner(command[0], tuple(command[1:])) for command in chain]
 
 
-def checked_chain(chain: list[Inner], worlds: list[int], waits: bool = False) -> list[Inner]:
+def checked_chain(chain: list[Inner], worlds: list[int], on_cpu: bool, waits: bool = False) -> list[Inner]:
     """Returns commands with their folders, after refusing what they would refuse themselves when they start.
 
     A finetuning that follows a pretraining starts from its encoder unless it names another.
@@ -59,6 +59,7 @@ def checked_chain(chain: list[Inner], worlds: list[int], waits: bool = False) ->
     Args:
         chain: The commands, each started when the one before it is done.
         worlds: Number of processes that will run each.
+        on_cpu: Whether these use no GPU.
         waits: Whether the first starts after other jobs, which may make what it reads.
 
     Raises:
@@ -68,7 +69,7 @@ def checked_chain(chain: list[Inner], worlds: list[int], waits: bool = False) ->
     for inner, world in zip(chain, worlds, strict=True):
         if done and not _has_option(inner, "--encoder"):
             inner = dataclasses.replace(inner, arguments=(*inner.arguments, "--encoder", done[-1].out))
-        inner = _checked(inner, world, waits or bool(done))
+        inner = _checked(inner, world, on_cpu, waits or bool(done))
         if inner.name != "pack" and not _has_option(inner, "--out"):
             inner = dataclasses.replace(inner, arguments=(*inner.arguments, "--out", inner.out))
         if done and inner.out == done[-1].out:
@@ -81,7 +82,7 @@ def _has_option(inner: Inner, name: str) -> bool:
     return any(argument.split("=")[0] == name for argument in inner.arguments)
 
 
-def _checked(inner: Inner, world: int, waits: bool) -> Inner:
+def _checked(inner: Inner, world: int, on_cpu: bool, waits: bool) -> Inner:
     if {"-h", "--help", "--print_config", "--print-config"} & set(inner.arguments):
         raise Refused(f"launch: tubelet {inner.name} --help or --print_config starts nothing; run it by itself")
     if inner.name == "pack":
@@ -89,12 +90,12 @@ def _checked(inner: Inner, world: int, waits: bool) -> Inner:
     config = _read(inner)
     config.validate()
     config.accumulation(world)
+    if on_cpu and config.precision == "fp16":
+        raise Refused("precision: fp16 needs a GPU; use bf16 or fp32")
     if config.deepspeed:
-        from pretrain.commandline import find_recipe
-
-        find_recipe(config.deepspeed, "deepspeed", ".json")
+        _refuse_engine(config)
     if not waits:
-        _refuse_missing_input(config)
+        _refuse_input(inner.name, config)
     return dataclasses.replace(inner, out=config.out)
 
 
@@ -108,18 +109,46 @@ def _read(inner: Inner) -> Any:
     )
 
 
-def _refuse_missing_input(config: Any) -> None:
-    """Raises `Refused` where shards or weights cannot be opened, or the run is shorter than its warm-up."""
+def _refuse_engine(config: Any) -> None:
+    """Raises `Refused` where there is no such DeepSpeed configuration, or it cannot train a compiled model."""
+    from pretrain.commandline import find_recipe
+    from pretrain.engine.compiler import refuse_divided_weights
+
+    file = find_recipe(config.deepspeed, "deepspeed", ".json")
+    if config.compile:
+        refuse_divided_weights(file)
+
+
+def _refuse_input(name: str, config: Any) -> None:
+    """Raises `Refused` where shards, weights or checkpoints do not do, or the run is shorter than its warm-up."""
     from pretrain.stage import open_sets, open_shards, order_of
     from pretrain.weights import find_encoder
 
-    order = order_of(config, *open_sets(config.data))
+    sets = open_sets(config.data)
+    order = order_of(config, *sets)
     config.total_steps(order.steps_per_epoch)
     if config.validation.shards:
         open_shards("validation.shards", config.validation.shards, config.data.clip, config.data.cache)
     weights = getattr(config, "init", None) or getattr(config, "encoder", None)
     if isinstance(weights, str):
         find_encoder(weights)
+    _refuse_other_run(name, config, order, sets)
+
+
+def _refuse_other_run(name: str, config: Any, order: Any, sets: Any) -> None:
+    """Raises `Refused` where the run's folder holds checkpoints that this run would not go on from."""
+    from pretrain.identity import refuse_other_run
+
+    if name == "pretrain":
+        from pretrain.pretraining import trained_fields
+
+        trained = trained_fields(config)
+    else:
+        from finetune import finetuning
+
+        start = finetuning.starting_point(config)
+        trained = finetuning.trained_fields(config, start, finetuning.describe(config, start.architecture, sets[0]))
+    refuse_other_run(config, name, order, sets, trained)
 
 
 def _checked_pack(inner: Inner) -> Inner:

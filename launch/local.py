@@ -37,7 +37,7 @@ def launch_local(chain: list[Inner], gpus: int | None, processes: int | None) ->
     world = _world(gpus, processes)
     if any(inner.name == "pack" for inner in chain):
         raise Refused("launch: pack uses all cores of a machine by itself; run tubelet pack, with --jobs N")
-    chain = checked_chain(chain, [world] * len(chain))
+    chain = checked_chain(chain, [world] * len(chain), on_cpu=processes is not None)
     environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if processes else {})
     for inner in chain:
         code = _run(inner, world, environment)

@@ -139,7 +139,8 @@ def launch_slurm(chain: list[Inner], options: SlurmOptions, dry_run: bool) -> No
         Refused: The options, a command or SLURM itself speak against it; no job is left in the queue.
     """
     options.validate(chain)
-    chain = checked_chain(chain, [_world(inner, options) for inner in chain], options.dependency is not None)
+    worlds = [_world(inner, options) for inner in chain]
+    chain = checked_chain(chain, worlds, options.gpus == 0, options.dependency is not None)
     plans = _planned(chain, options)
     if dry_run:
         for number, plan in enumerate(plans):

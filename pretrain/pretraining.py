@@ -23,6 +23,7 @@ from pretrain.engine.tracking import METRICS, read_metrics
 from pretrain.engine.trainer import Objective
 from pretrain.files import replacing
 from pretrain.held_out import held_out_loss
+from pretrain.identity import named_fields
 from pretrain.model.mae import MaskedAutoencoder
 from pretrain.model.masking import MaskConfig, draw_mask, mask_counts
 from pretrain.model.packing import PackedMaskedAutoencoder
@@ -45,7 +46,6 @@ from pretrain.stage import (
     curve_figures,
     going_on,
     is_finished,
-    named_fields,
     open_sets,
     open_shards,
     open_stage,
@@ -89,11 +89,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     steps = config.total_steps(order.steps_per_epoch)
     initial = initial_weights(config, config.init) if config.init else None
     clips = training_clips(config, sets, held_out)
-    trained = {
-        **named_fields("encoder", config.encoder.resolved()),
-        **named_fields("decoder", config.decoder),
-        **named_fields("mask", config.mask),
-    }
+    trained = trained_fields(config)
     with start_processes(config) as processes, open_stage(config, processes, "pretrain", order, sets, trained) as run:
         order, steps = going_on(config, order, run)
         if is_finished(run, steps):
@@ -122,6 +118,15 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         processes.on_main_only(lambda: write_pretraining_report(config, run.out, summary, strips))
         run.finish(summary)
         return summary
+
+
+def trained_fields(config: PretrainConfig) -> dict[str, Any]:
+    """Returns what is trained, by the full names of its fields."""
+    return {
+        **named_fields("encoder", config.encoder.resolved()),
+        **named_fields("decoder", config.decoder),
+        **named_fields("mask", config.mask),
+    }
 
 
 def training_clips(config: PretrainConfig, sets: tuple[ShardSet, ...], held_out: ShardSet | None) -> TrainingClips:

@@ -33,6 +33,7 @@ from pretrain.engine.saving import Export, write_export
 from pretrain.engine.tracking import METRICS, read_metrics
 from pretrain.engine.trainer import Objective, Trainer, Validation
 from pretrain.errors import Refused
+from pretrain.identity import identity_of, overridden_fields
 from pretrain.model.blocks import recompute_activations
 from pretrain.report import Figure, curves
 
@@ -145,11 +146,6 @@ def start_processes(config: RunConfig) -> Processes:
     return processes
 
 
-def named_fields(name: str, config: Any) -> dict[str, Any]:
-    """Returns the fields of a dataclass under their full names, with values as JSON holds them."""
-    return {f"{name}.{field}": value for field, value in to_dict(config).items()}
-
-
 def open_stage(
     config: RunConfig,
     processes: Processes,
@@ -169,26 +165,7 @@ def open_stage(
         trained: What is trained, by the full names of its fields. Like the samples and their order it must not change
             between attempts.
     """
-    mixture = None
-    told = {"data.shards": f"{sets[0].folder} (fingerprint {sets[0].fingerprint})", "data.mixture": "none"}
-    if isinstance(order, Mixture):
-        mixture = [[shards.fingerprint, part.lanes] for shards, part in zip(sets, order.sets, strict=True)]
-        places = (
-            f"{shards.folder} in {lanes} lanes (fingerprint {fingerprint})"
-            for shards, (fingerprint, lanes) in zip(sets, mixture, strict=True)
-        )
-        told = {"data.shards": "none", "data.mixture": ", ".join(places)}
-    identity = {
-        "data.shards": sets[0].fingerprint if mixture is None else None,
-        "data.mixture": mixture,
-        "seed": config.seed,
-        "data.global_batch": order.global_batch,
-        "data.class_power": config.data.class_power,
-        "data.lanes": config.data.lanes,
-        "data.shards_per_window": config.data.shards_per_window,
-        "data.packing": None if config.data.packing is None else to_dict(config.data.packing),
-        **trained,
-    }
+    identity, told = identity_of(config, order, sets, trained)
     return open_run(
         config.out,
         processes,
@@ -204,12 +181,6 @@ def open_stage(
         config.override_config,
         config.stopping,
     )
-
-
-def overridden_fields(order: SampleOrder, trained: dict[str, Any]) -> set[str]:
-    """Returns what may change in the middle of a run: it neither makes another model nor reads samples twice."""
-    masks = {name for name in trained if name.startswith("mask.")}
-    return masks | ({"data.global_batch"} if isinstance(order, Order) else set())
 
 
 def going_on(config: RunConfig, order: SampleOrder, run: Run) -> tuple[SampleOrder, int]:

@@ -4,6 +4,8 @@
 
 ATTEMPTS=${TUBELET_ATTEMPTS:-3}     # that may end without a newer checkpoint before the job is given up
 KILLED_WITHIN_S=120                 # after `scontrol requeue` SLURM kills the job; this is how long to wait for it
+JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+JOB=${JOB:-$SLURM_JOB_ID}           # of an array this task alone: the number of its last task is that of all
 
 # A training run: train_until_done pretrain|finetune ARGUMENTS
 train_until_done() {
@@ -51,9 +53,10 @@ run_tasks() {
     srun "${options[@]}" bash -c "$TASK" task "$rank0" "${python[@]}" -m "$@" &
     step=$!
     while kill -0 "$step" 2>/dev/null; do
-        wait "$step"
-        code=$?
+        wait "$step"                # a signal cuts it short
     done
+    wait "$step"                    # bash remembers how it ended
+    code=$?
     code=$(grep . "$rank0" || echo "$code")
     rm -f "$rank0"
     return "$code"
@@ -78,7 +81,7 @@ exit "$code"'
 
 # The last value that an option has among arguments: value_of --out ARGUMENTS
 value_of() {
-    local name=$1 value= previous= argument
+    local name=$1 value='' previous='' argument
     for argument in "${@:2}"; do
         case $argument in
             "$name"=*) value=${argument#*=} ;;
@@ -121,7 +124,7 @@ stop_without_progress() {
     if [ "$attempts" -ge "$ATTEMPTS" ]; then
         rm -f "$out/attempts_without_progress"
         echo "tubelet: $attempts attempts have ended (the last with exit code $code) without a newer checkpoint than" \
-            "${before:-none}; job $SLURM_JOB_ID is not requeued; see above why, and submit it again" >&2
+            "${before:-none}; job $JOB is not requeued; see above why, and submit it again" >&2
         exit "$code"
     fi
     mkdir -p "$out" && echo "$attempts" > "$out/attempts_without_progress" || exit "$code"
@@ -130,16 +133,16 @@ stop_without_progress() {
 # Puts this job back into the queue, unless somebody is ending it: `scontrol requeue` would revive a cancelled job.
 requeue() {
     local job
-    job=$(scontrol show job --oneliner "$SLURM_JOB_ID")
+    job=$(scontrol show job --oneliner "$JOB")
     case $job in
         *" JobState=RUNNING "* | *" Reason=TimeLimit "*) ;;
         *)
-            echo "tubelet: exit code $1; job $SLURM_JOB_ID is being ended, so it is not requeued" >&2
+            echo "tubelet: exit code $1; job $JOB is being ended, so it is not requeued" >&2
             exit "$1"
             ;;
     esac
-    echo "tubelet: exit code $1; requeueing job $SLURM_JOB_ID" >&2
-    scontrol requeue "$SLURM_JOB_ID"
+    echo "tubelet: exit code $1; requeueing job $JOB" >&2
+    scontrol requeue "$JOB"
     # Never 0 here: a preempted job whose script ends with 0 counts as completed. SLURM kills this shell.
     sleep "$KILLED_WITHIN_S"
     exit "$1"

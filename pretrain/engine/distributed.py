@@ -286,19 +286,25 @@ def _describe_srun() -> None:
     told["MASTER_ADDR"] = os.environ.get("MASTER_ADDR") or address_of(first_host(nodes))
     told["MASTER_PORT"] = os.environ.get("MASTER_PORT") or str(SRUN_PORTS[number % len(SRUN_PORTS)])
     if told["RANK"] == "0":
-        _refuse_taken(int(told["MASTER_PORT"]))
+        _require_free(int(told["MASTER_PORT"]), is_given=bool(os.environ.get("MASTER_PORT")))
     os.environ.update(told | {name: os.environ[name] for name in told if os.environ.get(name)})
 
 
-def _refuse_taken(port: int) -> None:
-    """Raises `Refused` where another program of this node listens on the port at which the ranks are to meet."""
+def _require_free(port: int, is_given: bool) -> None:
+    """Raises an error where another program of this node listens on the port at which the ranks are to meet.
+
+    The batch script does not start a refused job again. So only a port that somebody set is refused; one that follows
+    from the job's numbers is another in the next attempt.
+    """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
         except OSError as error:
-            place = f"{port} on {socket.gethostname()}"
-            raise Refused(f"MASTER_PORT: {place} cannot be used ({error.strerror}); set it to a free one") from None
+            place = f"MASTER_PORT: {port} on {socket.gethostname()} cannot be used ({error.strerror})"
+            if is_given:
+                raise Refused(f"{place}; set it to a free one") from None
+            raise TubeletError(f"{place}; the job's next attempt takes another, or set it to a free one") from None
 
 
 def _refuse_plugins(allowed: str | None) -> None:

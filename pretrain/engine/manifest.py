@@ -18,7 +18,7 @@ MANIFEST = "manifest.json"
 
 
 class OtherFormat(Refused):
-    """A checkpoint is whole, but another Tubelet's; an older one must not be taken in its place."""
+    """A checkpoint is whole, but of another Tubelet: to pass over it for an older one would lose its steps."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,12 @@ def write_manifest(folder: Path, step: int, state: dict[str, Any], files: dict[s
 
 
 def verify(folder: Path) -> Saved:
-    """Compares a checkpoint with its manifest; raises `Refused` (or `OtherFormat`) that says what is wrong."""
+    """Compares a checkpoint with its manifest.
+
+    Raises:
+        OtherFormat: It is whole, but this Tubelet cannot read it.
+        Refused: It is damaged or incomplete; says where.
+    """
     try:
         manifest = dict(json.loads((folder / MANIFEST).read_text()))
     except FileNotFoundError:
@@ -69,14 +74,14 @@ def verify(folder: Path) -> Saved:
     except (ValueError, TypeError, OSError) as error:
         raise Refused(f"{folder / MANIFEST}: cannot be read: {error}") from None
     sha256 = manifest.pop("sha256", None)
-    unchanged = sha256 == _sha256_of(manifest)
+    is_unchanged = sha256 == _sha256_of(manifest)
     if manifest.get("format") != FORMAT_VERSION:
-        kind = OtherFormat if unchanged else Refused
-        raise kind(
+        refusal = OtherFormat if is_unchanged else Refused
+        raise refusal(
             f"{folder / MANIFEST}: has format {manifest.get('format')}, this Tubelet reads {FORMAT_VERSION}; use the "
-            f"Tubelet that wrote it"
+            f"Tubelet that wrote it, or give another --out"
         )
-    if not unchanged:
+    if not is_unchanged:
         raise Refused(f"{folder / MANIFEST}: was changed since it was written")
     for name, entry in manifest["files"].items():
         _compare(folder / name, entry["bytes"], entry["sha256"])

@@ -14,6 +14,10 @@ from tests.cluster.slurm_cluster import SlurmCluster, kept_cluster, wait_until
 from tests.runs import own_environment, tiny_pretraining
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--matrix", action="store_true", help="let every disturbance of a run meet every ZeRO stage")
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[SlurmCluster]:
     with kept_cluster() as running:

@@ -1,5 +1,6 @@
 """Jobs of the test cluster, and what the runs in them leave."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -12,7 +13,8 @@ from pretrain.engine.checkpoint import step_folders
 from tests.cluster.slurm_cluster import SlurmCluster, wait_until
 
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1")
-JOB_S = 400
+JOB_S = 900
+LIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "STOPPED")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +41,15 @@ class Job:
         """Returns the log, of all attempts."""
         return self.log.read_text() if self.log.exists() else ""
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended for good."""
+        return self.shown("JobState") not in LIVE
+
     def wait(self, within_s: float = JOB_S) -> str:
         """Waits until the job is over for good; returns its state."""
-        live = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED")
         try:
-            wait_until(lambda: self.shown("JobState") not in live, within_s, f"job {self.number} is over")
+            wait_until(lambda: self.is_over, within_s, f"job {self.number} is over")
         except AssertionError as error:
             pytest.fail(f"{error}\n{self.text}")
         return self.shown("JobState")
@@ -51,7 +57,9 @@ class Job:
     def rank(self, number: int) -> psutil.Process:
         """Returns the Python process of a rank."""
         for process in psutil.process_iter(["cmdline"]):
-            if "-m" in (process.info["cmdline"] or [])[:3]:
+            if (process.info["cmdline"] or [])[1:3] not in (["-m", "pretrain"], ["-m", "finetune"]):
+                continue  # a rank's child, such as the one that decodes, has its variables too
+            with contextlib.suppress(psutil.Error):
                 environment = process.environ()
                 if (environment.get("SLURM_JOB_ID"), environment.get("SLURM_PROCID")) == (self.number, str(number)):
                     return process

@@ -60,6 +60,7 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1,sched_min
 ReturnToService=2
 SlurmdParameters=config_overrides
 JobRequeue=1
+EnforcePartLimits=ALL
 SlurmdTimeout=10
 SlurmctldTimeout=10
 KillWait=5

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.cluster.jobs import TWO_NODES
+from tests.cluster.jobs import TWO_NODES, Job
 from tests.cluster.slurm_cluster import wait_until
 from tests.runs import ROOT
 
@@ -65,7 +65,6 @@ def test_a_job_that_somebody_cancels_stays_cancelled(submit, task, tmp_path):
     """`scontrol requeue` would revive it: the tasks end with 75, as they do on every TERM."""
     python = task("trap 'exit 75' TERM; echo ready; sleep 100 & wait")
     job = submit("--nodes=1", *PRETRAIN[1:], "--out", tmp_path / "run", TUBELET_PYTHON=python)
-    wait_until(lambda: job.shown("JobState") == "RUNNING", 30)
     wait_until(lambda: "ready" in job.text, 30)
     job.cluster.ask("scancel", job.number)
     assert job.wait() == "CANCELLED"
@@ -75,20 +74,24 @@ def test_a_job_that_somebody_cancels_stays_cancelled(submit, task, tmp_path):
 
 
 def test_a_preempted_run_requeues_itself_within_the_grace(submit, task, tmp_path):
-    """A preempted job whose script ends with 0 counts as completed; requeueing during the grace must work."""
+    """A preempted job whose script ends with 0 counts as completed; requeueing during the grace must work.
+
+    Where it does not, SLURM ends the job after the grace, says so in its log, and requeues it by itself.
+    """
     out = tmp_path / "run"
     python = task(
-        f"[ -z $SLURM_RESTART_COUNT ] || exit 0\nmkdir -p {out}/checkpoints/step-1; "
-        f"trap 'touch {out}/checkpoints/step-1/manifest.json; exit 75' TERM; sleep 100 & wait"
+        f"[ -z $SLURM_RESTART_COUNT ] || exit 0\ntrap 'touch {out}/checkpoints/step-1/manifest.json; exit 75' TERM\n"
+        f"mkdir -p {out}/checkpoints/step-1; sleep 100 & wait"
     )
     job = submit(*PRETRAIN, "--out", out, TUBELET_PYTHON=python, TUBELET_ATTEMPTS="1")
     wait_until((out / "checkpoints" / "step-1").exists, 30)
-    job.cluster.ask("sleep", "1")
     urgent = submit("--partition=high", "--nodes=2", "--exclusive", "--wrap", "sleep 1")
     assert urgent.wait() == "COMPLETED"
     assert job.wait() == "COMPLETED", job.text
     assert job.shown("Restarts") == "1"
-    assert f"tubelet: exit code 75; requeueing job {job.number}" in job.text
+    assert f"tubelet: exit code 75; requeueing job {job.number}\n" in job.text
+    assert "DUE TO JOB REQUEUE" in job.text, "scontrol requeue does not work any more while a job is preempted"
+    assert "DUE TO PREEMPTION" not in job.text
 
 
 def test_a_run_that_overstays_its_time_limit_is_requeued(submit, task, tmp_path):
@@ -114,3 +117,15 @@ def test_an_image_runs_in_apptainer_with_the_folder_of_the_job(cluster, submit, 
     assert job.wait() == "COMPLETED", job.text
     expected = f"apptainer exec --nv --bind {ROOT} /images/tubelet.sif python -m pretrain --config demo --out {out}\n"
     assert job.text == 2 * expected
+
+
+def test_a_task_of_an_array_that_was_submitted_by_hand_is_requeued_by_itself(submit, task, tmp_path):
+    """The last task bears the number of the whole array, which `scontrol requeue` would start again."""
+    python = task(
+        'echo "task $SLURM_ARRAY_TASK_ID"; [ $SLURM_ARRAY_TASK_ID = 0 ] || [ $SLURM_RESTART_COUNT ] || exit 75'
+    )
+    array = submit("--array=0-1", "--cpus-per-task=1", "slurm/pack.sbatch", "VIDEOS", "SHARDS", TUBELET_PYTHON=python)
+    tasks = [Job(array.cluster, f"{array.number}_{number}", array.log) for number in (0, 1)]
+    assert [one.wait() for one in tasks] == ["COMPLETED", "COMPLETED"], array.text
+    assert [one.shown("Restarts") for one in tasks] == ["0", "1"]
+    assert sorted(line for line in array.text.splitlines() if line.startswith("task")) == ["task 0", "task 1", "task 1"]

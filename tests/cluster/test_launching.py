@@ -4,8 +4,10 @@ import json
 import re
 import subprocess
 import sys
+import zipfile
 
 import pytest
+from hatchling.builders.wheel import WheelBuilder
 
 from tests.cluster.jobs import jobs_of
 from tests.runs import ROOT
@@ -15,21 +17,34 @@ from tests.videos import make_video
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (
-            ["--partition", "nosuch"],
-            "tubelet: sbatch: invalid partition specified: nosuch; Batch job submission failed: ",
-        ),
-        (["--time", "soon"], "tubelet: sbatch: Invalid --time specification"),
+        (["--partition", "nosuch"], "invalid partition specified: nosuch; Batch job submission failed: Invalid part"),
+        (["--time", "soon"], "Invalid --time specification"),
+        (["--nodes", 3], "Batch job submission failed: Node count specification invalid"),
+        (["--cpus", 99], "Batch job submission failed: More processors requested than permitted"),
+        (["--gpus", 3], "Batch job submission failed: Requested node configuration is not available"),
+        (["--dependency", "afterok:nosuch"], "Batch job submission failed: Job dependency problem"),
     ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
 def test_a_refused_submission_is_told_in_slurm_s_words(cluster, launch, recipe, tmp_path, options, words):
-    small = ["--gpus", 0, *options, "--", "pretrain", "--config", recipe, "--steps", 8]
-    code, said = launch(
-        *small, "--data.global_batch", 9, "--data.lanes", 1, "--data.micro_batch", 1, "--out", tmp_path / "run"
-    )
+    out = tmp_path / "run"
+    sizes = ["--data.global_batch", 9, "--data.lanes", 1, "--data.micro_batch", 1]
+    pretrain = ["pretrain", "--config", recipe, "--steps", 8, *sizes, "--out", out]
+    code, said = launch("--gpus", 0, "--cpus", 1, *options, "--", *pretrain)
     assert code == 2
-    assert words in said
+    assert said.startswith(f"tubelet: sbatch: {words}")
+    assert said.endswith("; sinfo tells what the cluster has\n")
     assert said.count("\n") == 1
+    assert not out.exists()
+    assert not cluster.ask("squeue", "--noheader")
+
+
+def test_an_array_that_slurm_refuses_leaves_no_merge_behind(cluster, launch, tmp_path):
+    make_video(tmp_path / "videos" / "one.mp4", frames=4)
+    code, said = launch("--array", "0-99999999", "--", "pack", tmp_path / "videos", tmp_path / "shards")
+    assert (code, said.count("\n")) == (2, 1)
+    assert said.startswith("tubelet: sbatch: Batch job submission failed: Invalid job array specification")
+    assert not (tmp_path / "shards").exists()
     assert not cluster.ask("squeue", "--noheader")
 
 
@@ -71,3 +86,17 @@ def test_a_script_that_a_dry_run_printed_can_be_submitted_by_itself(cluster, lau
     job = submit(tmp_path / "printed.sbatch")
     assert job.wait() == "COMPLETED", job.text
     assert json.loads((out / "outcome.json").read_text())["exit_code"] == 0
+
+
+def test_the_script_of_a_wheel_works_by_hand_in_any_folder(submit, recipe, tmp_path):
+    """Without the checkout: it finds job.sh beside itself, and python what the wheel holds."""
+    (wheel,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path / "dist"))
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site packages")
+    here = tmp_path / "here"
+    here.mkdir()
+    script = tmp_path / "site packages" / "launch" / "batch" / "pretrain.sbatch"
+    options = ["--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", f"--chdir={here}"]
+    run = ["--config", recipe, "--steps", 6, "--out", "my run", "--deepspeed", "zero1"]
+    job = submit(*options, script, *run, PYTHONPATH=str(tmp_path / "site packages"))
+    assert job.wait() == "COMPLETED", job.text
+    assert json.loads((here / "my run" / "outcome.json").read_text())["exit_code"] == 0

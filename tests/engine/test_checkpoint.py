@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pretrain.commandline import find_recipe
+from pretrain.engine import manifest as manifests
 from pretrain.engine.checkpoint import (
     CheckpointConfig,
     Checkpoints,
@@ -19,7 +20,6 @@ from pretrain.engine.checkpoint import (
     verify,
 )
 from pretrain.engine.distributed import Processes
-from pretrain.engine.manifest import _sha256_of
 from pretrain.engine.ownership import RunLock
 from pretrain.errors import Refused, StoppedByRule, TubeletError
 
@@ -119,20 +119,21 @@ def test_another_model_or_another_format_is_refused(tmp_path, processes):
     saved = find_checkpoint(checkpoints.folder, "auto")
     with pytest.raises(Refused, match="holds another model than the configuration describes"):
         checkpoints.load(saved, *trained(processes, seed=0, width=4))
-    manifest = saved.folder / "manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 99}))
+    path = saved.folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
     with pytest.raises(Refused, match="has format 99, this Tubelet reads 1"):
         verify(saved.folder)
 
 
-def test_a_whole_checkpoint_of_a_newer_format_is_refused_and_no_older_one_taken_in_its_place(tmp_path, processes):
+def test_a_checkpoint_of_a_newer_tubelet_is_not_passed_over_for_an_older_one(tmp_path, processes, monkeypatch):
     checkpoints = opened(tmp_path, processes)
     for step in (5, 10):
-        checkpoints.save(step, *trained(processes, seed=step), STATE)
-    manifest = checkpoints.folder / "step-00000010" / "manifest.json"
-    newer = json.loads(manifest.read_text()) | {"format": 2}
-    del newer["sha256"]
-    manifest.write_text(json.dumps(newer | {"sha256": _sha256_of(newer)}))
+        checkpoints.save(step, *trained(processes, seed=0), STATE)
+    newest = step_folders(checkpoints.folder)[-1]
+    files = json.loads((newest / "manifest.json").read_text())["files"]
+    with monkeypatch.context() as newer:
+        newer.setattr(manifests, "FORMAT_VERSION", 2)
+        manifests.write_manifest(newest, 10, STATE, files)
     with pytest.raises(Refused, match=r"step-00000010/manifest\.json: has format 2, this Tubelet reads 1; use the Tub"):
         find_checkpoint(checkpoints.folder, "auto")
 

@@ -1,6 +1,7 @@
 """Processes: what they tell each other, and that all ranks together read what one would."""
 
 import socket
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from pretrain.engine.distributed import (
     launched_rank,
     launched_world,
 )
-from pretrain.errors import Refused, TubeletError
+from pretrain.errors import EXIT_FAILED, Refused, TubeletError
 
 ORDER = Order((5, 7, 3, 9), seed=4, lanes=4, shards_per_window=2, global_batch=8)
 
@@ -110,19 +111,34 @@ def test_a_node_that_resolves_is_met_by_its_name_and_one_that_nobody_knows_is_re
         address_of("node1.invalid")
 
 
-def test_a_port_that_another_program_has_taken_is_refused_by_rank_0(monkeypatch, no_launcher):
+@pytest.fixture
+def taken_port(monkeypatch, no_launcher) -> Iterator[int]:
+    """A port on which another program listens, at which the tasks of a job shall meet."""
     told = {"STEP_NUM_TASKS": "2", "PROCID": "0", "LOCALID": "0", "STEP_NODELIST": "localhost", "STEP_ID": "0"}
-    for name, value in (told | {"JOB_ID": "7"}).items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        monkeypatch.setenv("MASTER_PORT", str(port))
-        with pytest.raises(
-            Refused, match=rf"MASTER_PORT: {port} on .* cannot be used \(Address already in use\); set it"
-        ):
-            Processes()
+        for name, value in (told | {"JOB_ID": str(port)}).items():
+            monkeypatch.setenv(f"SLURM_{name}", value)
+        yield port
+
+
+def test_a_given_port_that_another_program_has_taken_is_refused_by_rank_0(monkeypatch, taken_port):
+    monkeypatch.setenv("MASTER_PORT", str(taken_port))
+    with pytest.raises(
+        Refused, match=rf"MASTER_PORT: {taken_port} on .* cannot be used \(Address already in use\); set it"
+    ):
+        Processes()
+
+
+def test_a_port_that_follows_from_the_job_s_number_and_is_taken_fails_so_that_the_next_attempt_takes_another(
+    monkeypatch, taken_port
+):
+    monkeypatch.setattr("pretrain.engine.distributed.SRUN_PORTS", range(taken_port, taken_port + 1))
+    with pytest.raises(TubeletError, match=rf"MASTER_PORT: {taken_port} on .*; the job's next attempt takes") as failed:
+        Processes()
+    assert failed.value.exit_code == EXIT_FAILED
 
 
 def test_an_accelerate_that_was_told_another_accumulation_is_refused_and_leaves_the_process_usable(monkeypatch):

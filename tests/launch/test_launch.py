@@ -140,12 +140,12 @@ def test_launching_starts_two_processes_and_passes_the_run_s_exit_code_on(recipe
     """torchrun itself ends with 1 whatever its processes end with."""
     for name in ("PYTHONPATH", "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, own_environment()[name])
-    options = ["--config", recipe, "--out", tmp_path / "run", "--steps", 9, "--resume", tmp_path / "nothing"]
-    assert main(["launch", "local", "--processes", "2", "--", "pretrain", *map(str, options)]) == 2
+    options = ["--config", recipe, "--out", tmp_path / "run", "--steps", 9, "--stopping.time_limit_s", 1e-9]
+    assert main(["launch", "local", "--processes", "2", "--", "pretrain", *map(str, options)]) == 75
     said = capfd.readouterr().err
-    assert f"tubelet: {tmp_path / 'nothing'}: has no manifest.json, so it is no complete checkpoint\n" in said
+    assert "tubelet: stopping.time_limit_s is over: ended before its first step; start the same command again" in said
     assert re.search(r"rank\s*: 1 \(local_rank: 1\)", said), said
-    assert "tubelet: pretrain: ended with exit code 2, see above; the same command goes on" in said
+    assert "tubelet: pretrain: ended with exit code 75, see above; the same command goes on" in said
 
 
 def bash(code: str, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -2,8 +2,6 @@
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ from safetensors.torch import load_file
 from launch.cli import main
 from pretrain.engine.checkpoint import step_folders, verify
 from pretrain.engine.tracking import read_metrics
-from tests.runs import ROOT, free_port, own_environment, run, start, tiny_pretraining
+from tests.runs import run, tiny_pretraining
 
 STEPS = 4
 
@@ -52,48 +50,11 @@ def assert_same_training(out: Path, alone: Path, norms: bool = True) -> None:
 
 
 @pytest.mark.parametrize(
-    ("launcher", "options"),
-    [
-        ("torch.distributed.run --nproc-per-node 2 --master-port", ["--deepspeed", "zero2"]),
-        ("accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port", []),
-    ],
-    ids=["torchrun-zero2", "accelerate-launch"],
-)
-def test_what_a_launcher_starts_trains_as_one_process_does(recipe, alone, tmp_path, launcher, options):
-    out = tmp_path / "run"
-    command = ["-m", "pretrain", *arguments(recipe, out, *options)]
-    done = subprocess.run(
-        [sys.executable, "-m", *launcher.split(), str(free_port()), *command],
-        cwd=ROOT,
-        env=own_environment(),
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr
-    assert_same_training(out, alone)
-
-
-def test_the_tasks_of_srun_train_as_one_process_does(recipe, alone, tmp_path):
-    out = tmp_path / "run"
-    told = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_ID": "0"}
-    told |= {"SLURM_JOB_ID": str(free_port())}
-    ranks = [
-        start(
-            "pretrain",
-            arguments(recipe, out),
-            tmp_path,
-            environment=told | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    assert [rank.wait().code for rank in ranks] == [0, 0], ranks[0].text + ranks[1].text
-    assert_same_training(out, alone)
-
-
-@pytest.mark.parametrize(
     "options",
-    [[], *(["--deepspeed", name] for name in ("zero0", "zero1", "zero3", "zero2_offload", "zero3_offload"))],
+    [
+        [],
+        *(["--deepspeed", name] for name in ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")),
+    ],
     ids=lambda options: options[-1] if options else "plain",
 )
 def test_every_way_of_dividing_the_work_trains_alike_and_saves_a_checkpoint_that_verifies(
