@@ -1,16 +1,19 @@
-"""`python -m finetune`: what `tubelet finetune` does, for torchrun, accelerate, deepspeed and srun to start."""
+"""`python -m finetune`: what `tubelet finetune` does, for torchrun, accelerate, deepspeed and srun to start.
+
+Each loader worker imports this file again, so it imports what it needs where it needs it.
+"""
 
 import sys
-
-from finetune.config import FinetuneConfig
-from pretrain.commandline import parse, run_command
-from pretrain.engine.progress import set_up_logging
 
 
 def main(arguments: list[str]) -> int:
     """Finetunes as the arguments say; returns the exit code."""
+    from pretrain.commandline import parse, run_command
+    from pretrain.engine.progress import set_up_logging
 
     def command() -> None:
+        from finetune.config import FinetuneConfig
+
         config = parse(FinetuneConfig, "finetune", arguments)
         from finetune.finetuning import finetune
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from torchmetrics.functional.classification import multiclass_accuracy, multiclass_confusion_matrix
 
 from finetune.classifier import load
 from finetune.config import ViewsConfig
@@ -255,6 +254,8 @@ def figures_of(seen: list[VideoLogits], classes: tuple[str, ...]) -> Evaluation:
     Raises:
         StoppedByRule: Logits are not finite, so that no class is the most probable.
     """
+    from torchmetrics.functional.classification import multiclass_accuracy, multiclass_confusion_matrix  # takes seconds
+
     decoded, rows = [], []
     for one in seen:
         if one.logits is not None:

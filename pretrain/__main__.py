@@ -1,16 +1,19 @@
-"""`python -m pretrain`: what `tubelet pretrain` does, for torchrun, accelerate, deepspeed and srun to start."""
+"""`python -m pretrain`: what `tubelet pretrain` does, for torchrun, accelerate, deepspeed and srun to start.
+
+Each loader worker imports this file again, so it imports what it needs where it needs it.
+"""
 
 import sys
-
-from pretrain.commandline import parse, run_command
-from pretrain.config import PretrainConfig
-from pretrain.engine.progress import set_up_logging
 
 
 def main(arguments: list[str]) -> int:
     """Pretrains as the arguments say; returns the exit code."""
+    from pretrain.commandline import parse, run_command
+    from pretrain.engine.progress import set_up_logging
 
     def command() -> None:
+        from pretrain.config import PretrainConfig
+
         config = parse(PretrainConfig, "pretrain", arguments)
         from pretrain.pretraining import pretrain
 

@@ -24,12 +24,13 @@ from pretrain.data.shards import ShardSet
 from pretrain.data.training_clips import TrainingClips
 from pretrain.engine.compiler import refuse_divided_weights, refuse_without_compiler
 from pretrain.engine.distributed import Processes, launched_world
-from pretrain.engine.optimizer import build_optimizer, build_schedule, members_of_groups
+from pretrain.engine.optimizer import build_optimizer, members_of_groups
 from pretrain.engine.plan import Plan
 from pretrain.engine.profiling import steps_to_profile
 from pretrain.engine.progress import set_up_logging
 from pretrain.engine.run import KEYS, SKIPPED, Run, open_run, refuse_other_groups
 from pretrain.engine.saving import Export, write_export
+from pretrain.engine.schedule import build_schedule
 from pretrain.engine.tracking import METRICS, read_metrics
 from pretrain.engine.trainer import Objective, Trainer, Validation
 from pretrain.errors import Refused

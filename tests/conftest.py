@@ -1,5 +1,6 @@
 """What every test shares: one thread for each process, and a small shard set of real videos."""
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch starts: tests run beside each other on few cores
@@ -11,6 +12,11 @@ import pytest
 from tests.videos import make_video, pack_labelled_videos
 
 PACKED_VIDEOS = 11
+
+
+def pytest_collection_finish() -> None:
+    """Takes what was imported out of the collections that the end of each run starts."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -23,12 +23,15 @@ ROOT = Path(__file__).parents[1]
 TIMEOUT_S = 120
 
 TEMPLATE = """
-import importlib, json, os, signal, sys, time
+import gc, importlib, json, os, signal, sys, time
+gc.disable()
 os.environ["DS_ACCELERATOR"] = "cpu"
 import accelerate, decord, deepspeed, deepspeed.runtime.zero.muon.original_muon, deepspeed.runtime.zero.stage3
 import finetune.finetuning, finetune.predict, launch.cli, matplotlib.backends.backend_svg, pretrain.pretraining, torch
 import torch.distributed.checkpoint.staging
 from accelerate.utils import DeepSpeedPlugin
+gc.freeze()  # or each collection in a child copies all that was imported
+gc.enable()
 
 def child(order):
     os.setsid()

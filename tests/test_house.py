@@ -95,20 +95,30 @@ def test_the_model_touches_no_files_and_no_processes():
         assert not roots & forbidden, f"{path} imports {roots & forbidden}"
 
 
-def modules_after(statement: str, but_for: str = "set()") -> set[str]:
-    """Names of the modules that a fresh process holds after a statement, without those in the set `but_for`."""
-    program = f"import sys; {statement}; print(*(set(sys.modules) - {but_for}))"
+def modules_after(statement: str) -> set[str]:
+    """Names of the modules that a fresh process holds after a statement."""
+    program = f"import sys; {statement}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     return set(done.stdout.split())
 
 
-def test_the_model_is_imported_without_data_engine_deepspeed_or_wandb():
-    """Apart from what timm imports by itself: it takes wandb where that is installed."""
+SLOW = ("timm", "torchvision", "deepspeed", "accelerate", "transformers", "torchmetrics", "wandb", "decord")
+
+
+def test_the_model_is_imported_without_data_engine_or_slow_libraries():
     names = [module_name(path) for path in (ROOT / "pretrain/model").rglob("*.py")]
-    loaded = modules_after(f"import timm.layers; alone = set(sys.modules); import {', '.join(names)}", "alone")
+    loaded = modules_after(f"import {', '.join(names)}")
     assert set(names) <= loaded
-    unwanted = ("pretrain.data", "pretrain.engine", "finetune", "launch", "deepspeed", "wandb", "accelerate", "decord")
+    unwanted = ("pretrain.data", "pretrain.engine", "finetune", "launch", *SLOW)
     assert not {name for name in loaded if any(is_inside(name, room) for room in unwanted)}
+
+
+def test_a_configuration_is_read_without_slow_libraries_and_a_loader_worker_starts_without_them():
+    """What each loader worker imports of the program that uses it is `__main__`."""
+    loaded = modules_after("import pretrain.commandline, pretrain.data.loader, finetune.config, launch.launching")
+    assert {"finetune.config", "pretrain.config", "torch"} <= loaded
+    assert not {name for name in loaded if any(is_inside(name, library) for library in SLOW)}
+    assert not {"torch", "pretrain.config"} & modules_after("import pretrain.__main__, finetune.__main__, launch.cli")
 
 
 def test_worker_processes_on_videos_start_without_torch():

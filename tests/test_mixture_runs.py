@@ -11,6 +11,8 @@ from launch.cli import main
 from pretrain.data.shards import ShardSet
 from tests.runs import tiny_pretraining
 
+pytestmark = pytest.mark.xdist_group("mixture runs")  # one worker, which makes once what these tests share
+
 
 @pytest.fixture(scope="module")
 def recipe(packed_shards, other_shards, tmp_path_factory) -> str:

@@ -23,6 +23,8 @@ from pretrain.packing import validate_packed, visible_tokens
 from tests.runs import run
 from tests.videos import make_video
 
+pytestmark = pytest.mark.xdist_group("packed runs")  # one worker, which makes once what these tests share
+
 TINY = """
 precision: fp32
 log_every: 1

@@ -11,7 +11,6 @@ from typing import Literal
 import numpy as np
 import torch
 from torch.nn import functional
-from torchvision.transforms.v2 import RandomResizedCrop
 
 from pretrain.data.randomness import raw_words, torch_seed, uniform
 from pretrain.errors import Refused
@@ -164,6 +163,8 @@ def _snapped(side: int, size: int) -> int:
 
 
 def _random_resized_box(config: ClipConfig, height: int, width: int, key: int) -> Box:
+    from torchvision.transforms.v2 import RandomResizedCrop  # takes seconds, of which other crops need none
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seed(key))
         crop = RandomResizedCrop(config.size, scale=config.scale, ratio=config.ratio, antialias=True)

@@ -157,7 +157,7 @@ def load_batches(
         TubeletError: What the dataset raised, in a worker or here; or a worker died.
     """
     parallel: dict[str, Any] = (
-        {"multiprocessing_context": fork_server(), "prefetch_factor": PREFETCHED_BATCHES} if workers else {}
+        {"multiprocessing_context": fork_server([__name__]), "prefetch_factor": PREFETCHED_BATCHES} if workers else {}
     )
     loader = DataLoader(
         dataset,

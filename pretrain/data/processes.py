@@ -11,7 +11,7 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -44,12 +44,18 @@ def signals_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def fork_server() -> WorkerContext:
+def fork_server(modules: Sequence[str] = ()) -> WorkerContext:
     """Starts the fork server if need be, with signals held back, and returns the context that starts workers from it.
 
     From a thread that is not the main one the handler of Ctrl-C cannot be changed, which libraries in workers may
     unblock; workers should therefore ignore SIGINT themselves as well.
+
+    Args:
+        modules: What the server imports when it starts, so that no worker has to. It must bear being forked, as torch
+            and numpy do that have computed nothing yet.
     """
+    if modules:
+        forkserver.set_forkserver_preload(["__main__", *modules])
     with signals_held_back():
         resource_tracker.ensure_running()  # which unblocks SIGINT and SIGTERM for whom it has to start it
     with signals_held_back(), _deaf_to_ctrl_c():

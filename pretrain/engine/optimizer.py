@@ -1,4 +1,4 @@
-"""AdamW with timm's parameter groups and a cosine schedule with warm-up that is a pure function of the step.
+"""AdamW with timm's parameter groups, and what a configuration says of the learning rate; `schedule.py` has its course.
 
 The published learning rates are for 256 samples in a step: the rate in use is `base_lr * global_batch / 256`, and so
 is the least one (MAE and VideoMAE scale both).
@@ -6,11 +6,8 @@ is the least one (MAE and VideoMAE scale both).
 
 import dataclasses
 import math
-from typing import Any
 
 import torch
-from timm.optim import param_groups_layer_decay, param_groups_weight_decay
-from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 from pretrain.errors import Refused
@@ -81,6 +78,11 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, global_batch: int
     One kernel updates all parameters of a group. With layer decay, `model` needs a `group_matcher(coarse)` that returns
     a function from parameter names to layers.
     """
+    from timm.optim import (  # takes seconds; a configuration needs none
+        param_groups_layer_decay,
+        param_groups_weight_decay,
+    )
+
     # timm knows vectors by one dimension; class and mask tokens have leading ones.
     vectors = [name for name, parameter in model.named_parameters() if parameter.squeeze().ndim <= 1]
     if config.layer_decay is None:
@@ -93,37 +95,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, global_batch: int
     return torch.optim.AdamW(groups, lr=rate, betas=config.betas, eps=config.eps, weight_decay=0.0, fused=True)
 
 
-class StepSchedule(CosineLRScheduler):
-    """timm's cosine schedule, which sets the weight decay too: every group's, at every step, whatever was loaded."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, **options: Any) -> None:
-        """Notes the decay that the configuration gave each group."""
-        super().__init__(optimizer, **options)
-        self.decays = [group["weight_decay"] for group in optimizer.param_groups]
-
-    def step_update(self, num_updates: int, metric: Any = None) -> None:
-        """Sets the learning rate and the decay of every group for step `num_updates`, which alone decides them."""
-        super().step_update(num_updates, metric)
-        for group, decay in zip(self.optimizer.param_groups, self.decays, strict=True):
-            group["weight_decay"] = decay
-
-
 def members_of_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
     """Returns the names of the parameters in each group of an optimiser; neither model nor optimiser is prepared."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     return [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
-
-
-def build_schedule(
-    optimizer: torch.optim.Optimizer, config: OptimizerConfig, global_batch: int, warmup_steps: int, total_steps: int
-) -> StepSchedule:
-    """Returns the schedule; `step_update(step)` sets every group and depends on nothing but the step."""
-    return StepSchedule(
-        optimizer,
-        t_initial=max(total_steps - warmup_steps, 1),
-        lr_min=config.least_learning_rate(global_batch),
-        warmup_t=warmup_steps,
-        warmup_lr_init=config.warmup_lr,
-        warmup_prefix=True,
-        t_in_epochs=False,
-    )

@@ -5,6 +5,9 @@ FactorisedSelfAttentionBlock  ViViT's model 3 (arXiv 2103.15691): space, then ti
 FactorisedDotProductBlock     ViViT's model 4: half of the heads in space, half in time
 CrossFrameBlock               X-CLIP's (arXiv 2208.02816): slots tell each other messages
 CrossBlock                    a decoder's, whose tokens look into other tokens only (CrossMAE, arXiv 2401.14391)
+
+timm, whose layers they are made of, takes seconds to import. Configurations need this file but build no block, so timm
+is imported where layers are built.
 """
 
 import dataclasses
@@ -13,8 +16,6 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
-from timm.layers import DropPath, LayerScale, Mlp
-from timm.layers.activations import QuickGELU
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
@@ -32,13 +33,6 @@ class TanhGELU(nn.GELU):
     def __init__(self) -> None:
         """Takes no arguments."""
         super().__init__(approximate="tanh")
-
-
-ACTIVATIONS: dict[ActivationName, type[nn.Module]] = {
-    "gelu": nn.GELU,
-    "gelu_tanh": TanhGELU,
-    "quick_gelu": QuickGELU,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +71,18 @@ class BlockConfig:
         """Returns a new attention layer along the axes of the token grid."""
         return AxialAttention(self.width, self.heads, space_heads, self.biases, self.qk_norm, self.norm_eps)
 
-    def mlp(self) -> Mlp:
+    def mlp(self) -> nn.Module:
         """Returns a new MLP."""
-        return Mlp(self.width, round(self.width * self.mlp_ratio), act_layer=ACTIVATIONS[self.activation])
+        from timm.layers import Mlp
+        from timm.layers.activations import QuickGELU
+
+        activations = {"gelu": nn.GELU, "gelu_tanh": TanhGELU, "quick_gelu": QuickGELU}
+        return Mlp(self.width, round(self.width * self.mlp_ratio), act_layer=activations[self.activation])
 
     def scale(self) -> nn.Module:
         """Returns new factors on a branch."""
+        from timm.layers import LayerScale
+
         return nn.Identity() if self.layer_scale is None else LayerScale(self.width, self.layer_scale)
 
 
@@ -96,6 +96,8 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, config: BlockConfig, drop_path: float = 0.0) -> None:
         """Creates the MLP's branch."""
+        from timm.layers import DropPath
+
         super().__init__()
         self._build_attention(config)
         self.mlp_norm = config.norm()

@@ -14,6 +14,8 @@ from pretrain.engine.tracking import read_metrics
 from pretrain.errors import Refused
 from tests.runs import tiny_pretraining
 
+pytestmark = pytest.mark.xdist_group("checkpoint damage")  # one worker, which makes once what these tests share
+
 
 @pytest.fixture(scope="module")
 def command(packed_shards, tmp_path_factory) -> list[str]:

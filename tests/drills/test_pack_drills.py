@@ -17,6 +17,8 @@ from pretrain.data.pool import Died, WorkerPool
 from pretrain.errors import Refused
 from tests.videos import make_video
 
+pytestmark = pytest.mark.xdist_group("pack drills")  # one worker, which makes once what these tests share
+
 ROOT = Path(__file__).parents[2]
 PACK = """
 import resource, sys

@@ -17,6 +17,8 @@ from pretrain.data.shards import ShardSet
 from pretrain.engine.tracking import read_metrics
 from tests.runs import Started, run, start, tiny_pretraining
 
+pytestmark = pytest.mark.xdist_group("resume")  # one worker, which makes once what these tests share
+
 STEPS = 18
 EVERY = 5
 SAME = ("step", "loss", "learning_rate", "gradient_norm", "padded", "skipped")

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.data.clips import ClipConfig
-from pretrain.engine.optimizer import OptimizerConfig, build_optimizer, build_schedule
+from pretrain.engine.optimizer import OptimizerConfig, build_optimizer
+from pretrain.engine.schedule import build_schedule
 from pretrain.errors import Refused
 from pretrain.model.encoder import EncoderConfig
 from pretrain.model.mae import DecoderConfig, MaskedAutoencoder

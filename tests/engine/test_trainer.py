@@ -23,8 +23,9 @@ from pretrain.data.shards import ShardSet
 from pretrain.data.training_clips import Costs
 from pretrain.engine.checkpoint import CheckpointConfig, Checkpoints, engine_kind, find_checkpoint, step_folders
 from pretrain.engine.distributed import Processes
-from pretrain.engine.optimizer import OptimizerConfig, build_schedule
+from pretrain.engine.optimizer import OptimizerConfig
 from pretrain.engine.ownership import RunLock
+from pretrain.engine.schedule import build_schedule
 from pretrain.engine.step_figures import weights_are_finite
 from pretrain.engine.tracking import Tracker, read_metrics
 from pretrain.engine.trainer import Plan, Trainer, seed_draws

@@ -14,6 +14,13 @@ checkpoint: {every: 3}
 """
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keeps the tests that share the runs below on one worker, which then makes them once."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent and not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group("finetuning"))
+
+
 @pytest.fixture(scope="session")
 def pretrained(packed_shards, tmp_path_factory) -> Path:
     from launch.cli import main

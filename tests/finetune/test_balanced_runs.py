@@ -13,6 +13,8 @@ from pretrain.data.shards import ShardSet
 from tests.runs import tiny_pretraining
 from tests.videos import make_video
 
+pytestmark = pytest.mark.xdist_group("balanced runs")  # one worker, which makes once what these tests share
+
 STEPS = "8"
 
 

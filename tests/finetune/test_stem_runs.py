@@ -11,6 +11,8 @@ from pretrain.engine.tracking import read_metrics
 from pretrain.model.residual_attention import ConvolutionalTubeletEmbedding
 from tests.runs import tiny_pretraining
 
+pytestmark = pytest.mark.xdist_group("stem runs")  # one worker, which makes once what these tests share
+
 STEPS = 24
 
 

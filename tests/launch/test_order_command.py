@@ -12,6 +12,8 @@ from pretrain.data.shards import ShardSet
 from tests.data.test_loader import rebuilt
 from tests.runs import TINY, tiny_pretraining
 
+pytestmark = pytest.mark.xdist_group("order command")  # one worker, which makes once what these tests share
+
 BAD = (2, 7)  # sample numbers
 
 
