@@ -260,11 +260,14 @@ def train(
 
     Raises:
         Refused: The checkpoint holds another model.
+        DiskFull: There is no room for one more checkpoint.
         StoppedByRule: A rule stopped the run.
         Preempted: A signal or a limit of time ended it. The model returned raises it too, when it is used.
     """
     processes = run.processes
     batch = order.global_batch
+    if run.first_step < steps:
+        run.checkpoints.refuse_without_room(sum(parameter.numel() for parameter in model.parameters()))
     if config.activation_checkpointing:
         recompute_activations(model)
     if config.compile:
