@@ -64,9 +64,9 @@ def _world(gpus: int | None, processes: int | None) -> int:
 
 
 def _run(inner: Inner, world: int, environment: dict[str, str]) -> int:
-    """Runs a command under torchrun; returns the run's exit code, which torchrun does not pass on."""
+    """Runs a command under torchrun; returns the run's exit code."""
     started = time.time()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    command = [sys.executable, "-m", "launch.torchrun", "--standalone", "--nproc-per-node", str(world)]
     process = subprocess.Popen([*command, "-m", inner.name, *inner.arguments], env=environment)
 
     def pass_on(number: int, frame: FrameType | None) -> None:
@@ -82,7 +82,7 @@ def _run(inner: Inner, world: int, environment: dict[str, str]) -> int:
     outcome = Path(inner.out) / "outcome.json"
     if outcome.exists() and outcome.stat().st_mtime >= started:
         return int(json.loads(outcome.read_text())["exit_code"]) or EXIT_FAILED
-    return EXIT_FAILED
+    return code if code > 0 else EXIT_FAILED
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int:

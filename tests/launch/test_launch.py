@@ -10,6 +10,8 @@ import pytest
 
 from launch.cli import main
 from launch.slurm import scripts_folder
+from launch.torchrun import run
+from pretrain.errors import EXIT_FAILED
 from tests.launch.test_cli import refusal
 from tests.runs import own_environment, tiny_pretraining
 
@@ -33,7 +35,10 @@ WRONG = [
     (["cloud", "--", *PRETRAIN], "launch: cloud: is no place to launch in; give local or slurm"),
     (["slurm", "--nodes", "2"], "launch: what to launch is missing; give it after --"),
     (["slurm", "--"], "launch: nothing cannot be launched; after -- or --then give pretrain, finetune, pack"),
-    (["slurm", "--", "demo"], "launch: demo cannot be launched; after -- or --then give pretrain, finetune, pack"),
+    (
+        ["slurm", "--", "demo"],
+        "launch: demo cannot be launched; after -- or --then give pretrain, finetune, pack, doctor",
+    ),
     (["slurm", "--node", "2", "--", *PRETRAIN], "unrecognized arguments: --node 2; see tubelet launch slurm --help"),
     (["slurm", "--nodes", "two", "--", *PRETRAIN], "argument --nodes: invalid int value: 'two'"),
     (["slurm", "--nodes", "0", "--", *PRETRAIN], "nodes: 0 must be at least 1"),
@@ -146,6 +151,13 @@ def test_launching_starts_two_processes_and_passes_the_run_s_exit_code_on(recipe
     assert f"tubelet: {tmp_path / 'nothing'}: has no manifest.json, so it is no complete checkpoint\n" in said
     assert re.search(r"rank\s*: 1 \(local_rank: 1\)", said), said
     assert "tubelet: pretrain: ended with exit code 2, see above; the same command goes on" in said
+
+
+def test_torchrun_ends_with_the_exit_code_of_the_rank_that_failed(capfd):
+    each = ["--standalone", "--nproc-per-node", "2", "--no-python", "bash", "-c"]
+    assert run([*each, "exit $((3 * LOCAL_RANK))"]) == 3
+    assert run([*each, "kill -9 $$"]) == EXIT_FAILED
+    assert run([*each, "true"]) == 0
 
 
 def bash(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
