@@ -34,7 +34,7 @@ WRONG = [
     ([], "launch: nothing: is no place to launch in; give local or slurm"),
     (["cloud", "--", *PRETRAIN], "launch: cloud: is no place to launch in; give local or slurm"),
     (["slurm", "--nodes", "2"], "launch: what to launch is missing; give it after --"),
-    (["slurm", "--"], "launch: nothing cannot be launched; after -- or --then give pretrain, finetune, pack"),
+    (["slurm", "--"], "launch: nothing cannot be launched; after -- or --then give pretrain, finetune, pack, doctor"),
     (
         ["slurm", "--", "demo"],
         "launch: demo cannot be launched; after -- or --then give pretrain, finetune, pack, doctor",
@@ -158,6 +158,12 @@ def test_torchrun_ends_with_the_exit_code_of_the_rank_that_failed(capfd):
     assert run([*each, "exit $((3 * LOCAL_RANK))"]) == 3
     assert run([*each, "kill -9 $$"]) == EXIT_FAILED
     assert run([*each, "true"]) == 0
+
+
+def test_a_doctor_is_launched_whatever_is_wrong_with_the_run_since_it_tells_it_itself(recipe, capsys):
+    text = dry_run(capsys, "--nodes", 2, "--", "doctor", "--config", recipe, "--data.shards", "/nowhere")
+    assert f"\nset -- --config {recipe} --data.shards /nowhere --out runs/pretrain\n" in text
+    assert text.index("set -- ") < text.index('run_tasks launch doctor "$@"')
 
 
 def bash(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
