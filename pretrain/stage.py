@@ -179,9 +179,12 @@ def start_stage(
         Refused: Some of them cannot open it or have opened something else, their versions or configurations differ, or
             they do not share the run's folder; rank 0 tells it with the names of the hosts.
     """
-    same = [Same({name: json.dumps(value) for name, value in flat_fields(to_dict(config)).items()}, SAME_COMMAND)]
-    if opened.inputs is not None:
-        same.append(Same(files(opened.inputs), SAME_DATA))
+
+    def same() -> list[Same]:
+        fields = {name: json.dumps(value) for name, value in flat_fields(to_dict(config)).items()}
+        read = {} if opened.inputs is None else files(opened.inputs)
+        return [Same(fields, SAME_COMMAND), Same(read, SAME_DATA)]
+
     return preflight(processes, Path(config.out), opened, same)
 
 

@@ -92,14 +92,14 @@ class Opened(Generic[Inputs]):
             return cls(error=error)
 
 
-def preflight(processes: Processes, folder: Path, opened: Opened[Inputs], same: Sequence[Same]) -> Inputs:
+def preflight(processes: Processes, folder: Path, opened: Opened[Inputs], same: Callable[[], Sequence[Same]]) -> Inputs:
     """Returns what was opened, once all ranks can start; every rank calls it.
 
     Args:
         processes: All processes of the run.
         folder: The run's folder, which must be the same on all nodes.
         opened: What this rank has opened or could not open.
-        same: What must be the same on all ranks, besides the versions.
+        same: Tells what must be the same on all ranks, besides the versions; asked where there are several.
 
     Raises:
         Refused: The ranks cannot do the run together; all of them raise it and rank 0 tells it.
@@ -107,7 +107,7 @@ def preflight(processes: Processes, folder: Path, opened: Opened[Inputs], same: 
     """
     if processes.world > 1:
         error = None if opened.error is None else (str(opened.error), opened.error.exit_code)
-        refuse_problems(processes.gather_objects(Report(host_name(), (versions_here(), *same), error)))
+        refuse_problems(processes.gather_objects(Report(host_name(), (versions_here(), *same()), error)))
         problems = problems_of_folder(processes, folder)
         if problems:
             raise _told(Refused("; ".join(problems)))
