@@ -14,6 +14,7 @@ from rich.text import Text
 from launch.doctor_checks import CHECKS, Finding, Patient
 from pretrain.commandline import parse
 from pretrain.config import PretrainConfig
+from pretrain.engine.all_reduce import ended_after
 from pretrain.engine.devices import host_name, places
 from pretrain.engine.distributed import Processes
 from pretrain.engine.progress import set_up_logging
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 MEET_WITHIN_S = 300.0
 """How long the processes wait for each other: nodes of a job start together."""
+CHECK_WITHIN_S = 300.0
+"""How long a check may take; a file system that hangs must not hold all nodes."""
 NAMED_HOSTS = 4
 STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red", "not checked": "dim"}
 
@@ -68,7 +71,8 @@ def examine(patient: Patient) -> int:
     if processes.is_main:
         console.print(f"{len(hosts)} process{'es' * (len(hosts) > 1)} on {_all_of(hosts)}", markup=False)
     for name in CHECKS:
-        findings = processes.gather_objects(_made(name, patient))
+        with ended_after(CHECK_WITHIN_S, name):
+            findings = processes.gather_objects(_made(name, patient))
         failed += any(finding and finding.status == "failed" for finding in findings)
         if processes.is_main:
             for line in lines_of(name, findings, hosts):

@@ -56,7 +56,7 @@ def measure_all_reduce(processes: Processes, within_s: float = WITHIN_S) -> AllR
     payload_bytes = PAYLOAD_BYTES[device.type]
     expected = world * (world + 1) / 2
     try:
-        with _ended_after(within_s):
+        with ended_after(within_s, "all-reduce"):
             small = [_timed(torch.full((1,), processes.rank + 1.0, device=device)) for _ in range(SMALL_ROUNDS)]
             large = [
                 _timed(torch.full((payload_bytes // 4,), processes.rank + 1.0, device=device))
@@ -92,11 +92,11 @@ def _synchronise(tensor: torch.Tensor) -> None:
 
 
 @contextlib.contextmanager
-def _ended_after(seconds: float) -> Iterator[None]:
+def ended_after(seconds: float, doing: str) -> Iterator[None]:
     """Ends the process where what is inside takes longer: it may wait in C code, which no exception reaches."""
 
     def end() -> None:
-        print(f"tubelet: all-reduce: no answer within {seconds:g} s on {host_name()}; {NETWORK}", file=sys.stderr)
+        print(f"tubelet: {doing}: no answer within {seconds:g} s on {host_name()}; {NETWORK}", file=sys.stderr)
         sys.stderr.flush()
         os._exit(EXIT_REFUSED)
 

@@ -4,13 +4,14 @@ import os
 import re
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.engine.test_preflight import assert_refused_by_rank_0_alone, other_timm
 from tests.launch.test_doctor import examined
-from tests.runs import run, start, tiny_pretraining
+from tests.runs import free_port, own_environment, run, start, tiny_pretraining
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +128,29 @@ def test_of_two_processes_the_one_with_other_versions_is_named(recipe, tmp_path)
     assert re.search(r"timm: is .* on \S+ \(rank 0\), but 9\.9 on \S+ \(rank 1\); install the same environment", text)
     assert "tubelet: doctor: 1 of 10 checks failed" in ended.text
     assert ended.outputs[1].read_text() == ""
+
+
+SILENT = """
+import time
+from pretrain.engine.all_reduce import measure_all_reduce
+from pretrain.engine.distributed import Processes
+with Processes() as processes:
+    time.sleep(600) if processes.rank else measure_all_reduce(processes, within_s=1)
+"""
+
+
+def test_a_rank_that_never_comes_to_the_all_reduce_ends_the_others_with_a_line():
+    shared = own_environment() | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", SILENT], env=shared | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE
+        )
+        for rank in ("1", "0")
+    ]
+    try:
+        _, said = ranks[1].communicate(timeout=300)
+    finally:
+        ranks[0].kill()
+        ranks[0].communicate()
+    assert ranks[1].returncode == 2, said
+    assert f"tubelet: all-reduce: no answer within 1 s on {socket.gethostname()}; see that the nodes" in said.decode()
