@@ -23,6 +23,7 @@ from finetune.evaluate import (
     evaluate_on,
     evaluation_sections,
 )
+from pretrain.agreement import agreed_inputs, fingerprints, open_inputs
 from pretrain.data.balanced import SampleOrder
 from pretrain.data.clips import ClipConfig
 from pretrain.data.loader import Batch
@@ -39,17 +40,14 @@ from pretrain.packing import validate_packed, visible_tokens
 from pretrain.report import Section, write_report
 from pretrain.stage import (
     curve_figures,
-    fingerprints,
     going_on,
     is_finished,
     named_fields,
-    open_inputs,
     open_shards,
     open_stage,
     order_of,
     say_finished,
     start_processes,
-    start_stage,
     summarise,
     train,
     validate,
@@ -118,7 +116,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     validate(config)
     opened = open_inputs(config, lambda: inputs_of(config))
     with start_processes(config) as processes:
-        return finetune_in(processes, config, start_stage(config, processes, opened, hashes_of))
+        return finetune_in(processes, config, agreed_inputs(config, processes, opened, hashes_of))
 
 
 def inputs_of(config: FinetuneConfig) -> Inputs:

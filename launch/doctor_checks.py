@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from launch.inner import refuse_missing_weights
+from pretrain.agreement import SAME_DATA, fingerprints
 from pretrain.commandline import find_recipe
 from pretrain.config import PretrainConfig
 from pretrain.data.loader import PREFETCHED_BATCHES
@@ -25,12 +26,12 @@ from pretrain.engine.checkpoint import BYTES_A_PARAMETER
 from pretrain.engine.compiler import refuse_divided_weights, refuse_without_compiler
 from pretrain.engine.devices import device_here, host_name
 from pretrain.engine.distributed import Processes, read_deepspeed
-from pretrain.engine.preflight import differences, problems_of_folder, versions_here
+from pretrain.engine.preflight import Same, differences, problems_of_folder, versions_here
 from pretrain.engine.tracking import choose_connection
 from pretrain.engine.wandb_server import server_url, unreachable_because
 from pretrain.errors import DiskFull, Refused, TubeletError
 from pretrain.pretraining import build_autoencoder
-from pretrain.stage import SAME_DATA, Same, fingerprints, open_sets, open_shards, order_of
+from pretrain.stage import open_sets, open_shards, order_of
 
 TOLD_VERSIONS = ("tubelet", "Python", "torch", "accelerate", "deepspeed", "timm", "webdataset", "av")
 SHARED_MEMORY = Path("/dev/shm")

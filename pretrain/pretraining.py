@@ -9,6 +9,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from pretrain.agreement import agreed_inputs, fingerprints, open_inputs
 from pretrain.config import PretrainConfig
 from pretrain.data.balanced import SampleOrder
 from pretrain.data.loader import Batch
@@ -43,18 +44,15 @@ from pretrain.pictures import (
 from pretrain.report import Figure, Section, write_report
 from pretrain.stage import (
     curve_figures,
-    fingerprints,
     going_on,
     is_finished,
     named_fields,
-    open_inputs,
     open_sets,
     open_shards,
     open_stage,
     order_of,
     say_finished,
     start_processes,
-    start_stage,
     summarise,
     train,
     validate,
@@ -106,7 +104,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     validate(config)
     opened = open_inputs(config, lambda: inputs_of(config))
     with start_processes(config) as processes:
-        return pretrain_in(processes, config, start_stage(config, processes, opened, hashes_of))
+        return pretrain_in(processes, config, agreed_inputs(config, processes, opened, hashes_of))
 
 
 def inputs_of(config: PretrainConfig) -> Inputs:

@@ -3,10 +3,9 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -23,10 +22,9 @@ from pretrain.data.randomness import seed_of_set
 from pretrain.data.shard_cache import CacheConfig
 from pretrain.data.shards import ShardSet
 from pretrain.data.training_clips import TrainingClips
-from pretrain.engine.compiler import refuse_divided_weights, refuse_without_compiler
+from pretrain.engine.compiler import refuse_divided_weights
 from pretrain.engine.distributed import Processes, launched_world
 from pretrain.engine.optimizer import build_optimizer, build_schedule, members_of_groups
-from pretrain.engine.preflight import Opened, Same, preflight
 from pretrain.engine.progress import set_up_logging
 from pretrain.engine.run import KEYS, SKIPPED, Run, open_run, refuse_other_groups
 from pretrain.engine.tracking import METRICS, read_metrics
@@ -36,11 +34,6 @@ from pretrain.model.blocks import recompute_activations
 from pretrain.report import Figure, curves
 
 logger = logging.getLogger(__name__)
-
-Inputs = TypeVar("Inputs")
-
-SAME_COMMAND = "start all processes with the same command line and the same recipe"
-SAME_DATA = "copy the same files to all nodes, or name a folder that all of them share"
 
 
 def open_shards(field: str, path: str | None, clip: ClipConfig, cache: CacheConfig | None = None) -> ShardSet:
@@ -145,60 +138,6 @@ def start_processes(config: RunConfig) -> Processes:
     )
     set_up_logging(main_process=processes.is_main)
     return processes
-
-
-def open_inputs(config: RunConfig, action: Callable[[], Inputs]) -> Opened[Inputs]:
-    """Opens what a run reads.
-
-    Args:
-        config: The run's configuration.
-        action: Opens it. What it raises is raised at once in a process alone; of several, `start_stage` raises it in
-            all of them.
-    """
-
-    def open_here() -> Inputs:
-        if config.compile:
-            refuse_without_compiler()
-        return action()
-
-    return Opened.by(open_here, launched_world())
-
-
-def start_stage(
-    config: RunConfig, processes: Processes, opened: Opened[Inputs], files: Callable[[Inputs], Mapping[str, str]]
-) -> Inputs:
-    """Returns what all processes of a run have opened, once it is sure that they can do the run together.
-
-    Args:
-        config: The run's configuration.
-        processes: All processes of the run.
-        opened: What this one has opened.
-        files: Tells by the names of their fields what was opened, as hashes.
-
-    Raises:
-        Refused: Some of them cannot open it or have opened something else, their versions or configurations differ, or
-            they do not share the run's folder; rank 0 tells it with the names of the hosts.
-    """
-
-    def same() -> list[Same]:
-        fields = {name: json.dumps(value) for name, value in flat_fields(to_dict(config)).items()}
-        read = {} if opened.inputs is None else files(opened.inputs)
-        return [Same(fields, SAME_COMMAND), Same(read, SAME_DATA)]
-
-    return preflight(processes, Path(config.out), opened, same)
-
-
-def fingerprints(field: str, *sets: ShardSet | None) -> dict[str, str]:
-    """Returns what tells the sets of a field from others."""
-    return {field: ", ".join(shards.fingerprint[:12] for shards in sets if shards)}
-
-
-def flat_fields(content: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Returns the fields of nested dictionaries under their full names."""
-    flat: dict[str, Any] = {}
-    for name, value in content.items():
-        flat |= flat_fields(value, f"{above}{name}.") if isinstance(value, dict) else {f"{above}{name}": value}
-    return flat
 
 
 def named_fields(name: str, config: Any) -> dict[str, Any]:

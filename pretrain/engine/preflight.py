@@ -202,7 +202,7 @@ def problems_of_folder(processes: Processes, folder: Path, keep: bool = True) ->
         told = processes.gather_objects(problem)
         unseen = processes.on_main(lambda: _unseen(folder, token, told))
         by_text = _grouped({rank: text for rank, text in enumerate(told) if text})
-        problems = [f"out: {places(ranks, hosts)} {text}" for text, ranks in list(by_text.items())[:MOST_NAMED]]
+        problems = [f"out: {places(ranks, hosts)}: {text}" for text, ranks in list(by_text.items())[:MOST_NAMED]]
         if unseen:
             problems.append(
                 f"out: {hosts[0]} (rank 0) does not see what {places(unseen, hosts)} wrote to {folder}; {SHARED_FOLDER}"
@@ -214,12 +214,13 @@ def problems_of_folder(processes: Processes, folder: Path, keep: bool = True) ->
 def _write_probe(folder: Path, made: list[Path]) -> tuple[str, str | None]:
     """Writes rank 0's probe; returns the name of all probes, and what hinders it. Notes the folders that it makes."""
     token = f".preflight-{secrets.token_hex(8)}"
-    made.extend(path for path in (folder, *folder.parents) if not path.exists())
     try:
+        made.extend(path for path in (folder, *folder.parents) if not path.exists())
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob(".preflight-*"):
-            if time.time() - stale.stat().st_mtime > STALE_S:
-                stale.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # its owner may remove it at any moment
+                if time.time() - stale.stat().st_mtime > STALE_S:
+                    stale.unlink()
         (folder / f"{token}-0").write_text(token)
     except OSError as error:
         return token, f"out: {_why_unwritable(folder, error)}"
@@ -235,7 +236,7 @@ def _remove_probes(folder: Path, token: str, made: Sequence[Path]) -> None:
 
 
 def _look_and_answer(folder: Path, token: str, rank: int) -> str | None:
-    """Looks for rank 0's probe and writes this rank's; returns what fails, to follow the ranks' names."""
+    """Looks for rank 0's probe and writes this rank's; returns what fails."""
     if not _appears(folder / f"{token}-0", token):
         return f"cannot see what rank 0 wrote to {folder} ({folder.resolve()} here); {SHARED_FOLDER}"
     try:

@@ -81,7 +81,7 @@ def test_a_run_folder_that_one_node_does_not_share_is_refused(recipe, tmp_path, 
     ended = run("pretrain", command, tmp_path, world=2, last={"place": tmp_path / "there"})
     assert_refused_by_rank_0_alone(
         ended,
-        f"out: {socket.gethostname()} (rank 1) cannot see what rank 0 wrote to runs/a ({tmp_path}/there/runs/a here)",
+        f"out: {socket.gethostname()} (rank 1): cannot see what rank 0 wrote to runs/a ({tmp_path}/there/runs/a here)",
     )
     assert not list((tmp_path / "here").iterdir())
     assert not list((tmp_path / "there").iterdir())
