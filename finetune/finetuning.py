@@ -23,11 +23,14 @@ from finetune.evaluate import (
     evaluate_on,
     evaluation_sections,
 )
+from pretrain.agreement import agreed_inputs, fingerprints, open_inputs
+from pretrain.data.balanced import SampleOrder
 from pretrain.data.clips import ClipConfig
 from pretrain.data.loader import Batch
 from pretrain.data.packed_clips import PackedBatch, PackedTrainingClips, grid_of_sample
 from pretrain.data.shards import ShardSet
 from pretrain.data.training_clips import TrainingClips
+from pretrain.engine.distributed import Processes
 from pretrain.engine.run import Run
 from pretrain.engine.saving import Exported, whole_weights
 from pretrain.engine.tracking import METRICS, read_metrics
@@ -75,6 +78,32 @@ class Start(NamedTuple):
     weights: dict[str, Tensor]
 
 
+class Inputs(NamedTuple):
+    """What a finetuning run reads, opened, and what follows from it.
+
+    Attributes:
+        shards: The training set.
+        held_out: The held-out set, if there is one.
+        order: The order of the samples.
+        steps: Length of the run in steps.
+        start: The folder of the pretrained encoder; None from scratch.
+        trained: What is trained, by the full names of its fields.
+        description: Describes the classifier.
+        classifier: The classifier, with the weights to start from.
+        clips: Cuts the training clips.
+    """
+
+    shards: ShardSet
+    held_out: ShardSet | None
+    order: SampleOrder
+    steps: int
+    start: Path | None
+    trained: dict[str, Any]
+    description: ModelDescription
+    classifier: Classifier
+    clips: TrainingClips
+
+
 def finetune(config: FinetuneConfig) -> dict[str, Any]:
     """Finetunes an encoder, or trains one from scratch, and leaves the classifier in the run's folder.
 
@@ -86,6 +115,13 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         StoppedByRule: The run was stopped; its checkpoints are whole.
     """
     validate(config)
+    opened = open_inputs(config, lambda: inputs_of(config))
+    with start_processes(config) as processes:
+        return finetune_in(processes, config, agreed_inputs(config, processes, opened, hashes_of))
+
+
+def inputs_of(config: FinetuneConfig) -> Inputs:
+    """Opens all that the run reads, and builds what it trains; raises `Refused` for what is wrong with it."""
     shards, held_out = open_labelled_sets(config)
     start = starting_point(config)
     order = order_of(config, shards)
@@ -95,23 +131,32 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     classifier = build_classifier(description, start)
     clips = training_clips(config, description, shards, held_out)
     trained = trained_fields(config, start, description)
-    with (
-        start_processes(config) as processes,
-        open_stage(config, processes, "finetune", order, (shards,), trained) as run,
-    ):
-        order, steps = going_on(config, order, run)
+    return Inputs(shards, held_out, order, steps, start.folder, trained, description, classifier, clips)
+
+
+def hashes_of(inputs: Inputs) -> dict[str, str]:
+    """Returns what must be the same on all nodes."""
+    data = fingerprints("data.shards", inputs.shards) | fingerprints("validation.shards", inputs.held_out)
+    return data | {"encoder": str(inputs.trained["encoder"])[:12]}
+
+
+def finetune_in(processes: Processes, config: FinetuneConfig, inputs: Inputs) -> dict[str, Any]:
+    """Finetunes in processes that have found each other; see `finetune`."""
+    shards, held_out, description = inputs.shards, inputs.held_out, inputs.description
+    with open_stage(config, processes, "finetune", inputs.order, (shards,), inputs.trained) as run:
+        order, steps = going_on(config, inputs.order, run)
         if is_finished(run, steps):
             return say_finished(run)
         if not run.saved:
-            logger.info(f"starting from {start.folder}" if start.folder else "training from scratch")
+            logger.info(f"starting from {inputs.start}" if inputs.start else "training from scratch")
         check = functools.partial(accuracy_on, held_out, config, description, run) if held_out else None
         model = train(
             config,
             run,
             order,
             steps,
-            classifier,
-            clips,
+            inputs.classifier,
+            inputs.clips,
             build_objective(config.mixing, config.data.clip, len(shards.classes), packed=bool(config.data.packing)),
             validation=check,
             validate_every=config.validation.every,

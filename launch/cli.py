@@ -26,6 +26,7 @@ USAGE = """tubelet COMMAND ...
   finetune            train a classifier on labelled shards, from an encoder or from scratch
   evaluate            measure a classifier on labelled shards
   predict             name the five most probable classes of video files
+  doctor              check before a run starts, on this machine or on all nodes of a job, that it can
   launch              start pretrain or finetune on all GPUs of this machine, or submit them or pack to SLURM
   estimate            tell what a run would take: parameters, steps, memory of each GPU, checkpoints, GPU-hours
   convert SOURCE OUT  make weights of VideoMAE, ViViT, X-CLIP, ViT or MAE a model to start from, or ours theirs
@@ -51,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         "finetune": _finetune,
         "evaluate": _evaluate,
         "predict": _predict,
+        "doctor": _doctor,
         "launch": _launch,
         "estimate": _estimate,
         "convert": _convert,
@@ -271,6 +273,23 @@ def _order(arguments: list[str]) -> int:
         except BrokenPipeError:  # `| head` has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
+    return run_command(command)
+
+
+def _doctor(arguments: list[str]) -> int:
+    from pretrain.commandline import run_command
+    from pretrain.engine.distributed import launched_rank
+    from pretrain.engine.progress import set_up_logging
+
+    def command() -> None:
+        from launch.doctor import USAGE, doctor
+
+        if {"-h", "--help"} & set(arguments):
+            print(USAGE)
+            return
+        doctor(arguments)
+
+    set_up_logging(main_process=launched_rank() == 0)
     return run_command(command)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from launch.arguments import PACK, named
 from pretrain.errors import Refused
 
-COMMANDS = ("pretrain", "finetune", "pack")
+COMMANDS = ("pretrain", "finetune", "pack", "doctor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +88,8 @@ def _checked(inner: Inner, world: int, on_cpu: bool, waits: bool) -> Inner:
     if inner.name == "pack":
         return _checked_pack(inner)
     config = _read(inner)
+    if inner.name == "doctor":  # which tells itself what is wrong with a configuration
+        return dataclasses.replace(inner, out=config.out)
     config.validate()
     config.accumulation(world)
     if on_cpu and config.precision == "fp16":
@@ -104,9 +106,9 @@ def _read(inner: Inner) -> Any:
     from pretrain.commandline import parse
     from pretrain.config import PretrainConfig
 
-    return parse(
-        {"pretrain": PretrainConfig, "finetune": FinetuneConfig}[inner.name], inner.name, list(inner.arguments)
-    )
+    if inner.name == "finetune":
+        return parse(FinetuneConfig, "finetune", list(inner.arguments))
+    return parse(PretrainConfig, "pretrain", list(inner.arguments))
 
 
 def _refuse_engine(config: Any) -> None:
@@ -122,17 +124,23 @@ def _refuse_engine(config: Any) -> None:
 def _refuse_input(name: str, config: Any) -> None:
     """Raises `Refused` where shards, weights or checkpoints do not do, or the run is shorter than its warm-up."""
     from pretrain.stage import open_sets, open_shards, order_of
-    from pretrain.weights import find_encoder
 
     sets = open_sets(config.data)
     order = order_of(config, *sets)
     config.total_steps(order.steps_per_epoch)
     if config.validation.shards:
         open_shards("validation.shards", config.validation.shards, config.data.clip, config.data.cache)
+    refuse_missing_weights(config)
+    _refuse_other_run(name, config, order, sets)
+
+
+def refuse_missing_weights(config: Any) -> None:
+    """Raises `Refused` where the weights that a run starts from are not there."""
+    from pretrain.weights import find_encoder
+
     weights = getattr(config, "init", None) or getattr(config, "encoder", None)
     if isinstance(weights, str):
         find_encoder(weights)
-    _refuse_other_run(name, config, order, sets)
 
 
 def _refuse_other_run(name: str, config: Any, order: Any, sets: Any) -> None:

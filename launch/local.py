@@ -18,7 +18,8 @@ class LocalRunEnded(TubeletError):
 
     def __init__(self, inner: Inner, code: int) -> None:
         """Takes the command and the exit code to end with."""
-        super().__init__(f"{inner.name}: ended with exit code {code}, see above; the same command goes on")
+        goes_on = "" if inner.name == "doctor" else "; the same command goes on"
+        super().__init__(f"{inner.name}: ended with exit code {code}, see above{goes_on}")
         self.exit_code = code
 
 
@@ -64,10 +65,10 @@ def _world(gpus: int | None, processes: int | None) -> int:
 
 
 def _run(inner: Inner, world: int, environment: dict[str, str]) -> int:
-    """Runs a command under torchrun; returns the run's exit code, which torchrun does not pass on."""
+    """Runs a command under torchrun; returns the run's exit code."""
     started = time.time()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-    process = subprocess.Popen([*command, "-m", inner.name, *inner.arguments], env=environment)
+    command = [sys.executable, "-m", "launch.torchrun", "--standalone", "--nproc-per-node", str(world)]
+    process = subprocess.Popen([*command, *_module(inner), *inner.arguments], env=environment)
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         process.send_signal(number)
@@ -82,7 +83,12 @@ def _run(inner: Inner, world: int, environment: dict[str, str]) -> int:
     outcome = Path(inner.out) / "outcome.json"
     if outcome.exists() and outcome.stat().st_mtime >= started:
         return int(json.loads(outcome.read_text())["exit_code"]) or EXIT_FAILED
-    return EXIT_FAILED
+    return code if code > 0 else EXIT_FAILED
+
+
+def _module(inner: Inner) -> list[str]:
+    """Returns what torchrun starts: a run's own module, or the command."""
+    return ["-m", inner.name] if inner.name in ("pretrain", "finetune") else ["-m", "launch", inner.name]
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int:

@@ -257,7 +257,7 @@ def _with_recipe_files(arguments: list[str], stage: str) -> list[str]:
 def _others_of_pairs(pairs: tuple[tuple[str, str], ...], arguments: list[str]) -> list[str]:
     """Returns options that clear, for each field of a pair that the command line sets, the other of the pair."""
     given = set()
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
         name, equals, value = argument.partition("=")
         if name.startswith("--") and (value if equals else following) != "null":
             given.add(name[2:])

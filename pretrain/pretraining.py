@@ -2,14 +2,16 @@
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from pretrain.agreement import agreed_inputs, fingerprints, open_inputs
 from pretrain.config import PretrainConfig
+from pretrain.data.balanced import SampleOrder
 from pretrain.data.loader import Batch
 from pretrain.data.packed_clips import PackedTrainingClips, grid_of_sample
 from pretrain.data.randomness import sample_key
@@ -70,6 +72,26 @@ from pretrain.weights import (
 PICTURED_CLIPS = 4
 
 
+class Inputs(NamedTuple):
+    """What a pretraining run reads, opened, and what follows from it.
+
+    Attributes:
+        sets: The training set, or the sets of a mixture.
+        held_out: The held-out set, if there is one.
+        order: The order of the samples.
+        steps: Length of the run in steps.
+        initial: The weights to start from and their folder, if any.
+        clips: Cuts the training clips.
+    """
+
+    sets: tuple[ShardSet, ...]
+    held_out: ShardSet | None
+    order: SampleOrder
+    steps: int
+    initial: tuple[dict[str, Tensor], Path] | None
+    clips: TrainingClips
+
+
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
     """Pretrains an encoder and leaves it in the run's folder.
 
@@ -81,6 +103,13 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         StoppedByRule: The run was stopped; its checkpoints are whole.
     """
     validate(config)
+    opened = open_inputs(config, lambda: inputs_of(config))
+    with start_processes(config) as processes:
+        return pretrain_in(processes, config, agreed_inputs(config, processes, opened, hashes_of))
+
+
+def inputs_of(config: PretrainConfig) -> Inputs:
+    """Opens all that the run reads; raises `Refused` for what is wrong with it."""
     sets = open_sets(config.data)
     held_out = None
     if config.validation.shards:
@@ -88,9 +117,18 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     order = order_of(config, *sets)
     steps = config.total_steps(order.steps_per_epoch)
     initial = initial_weights(config, config.init) if config.init else None
-    clips = training_clips(config, sets, held_out)
-    trained = trained_fields(config)
-    with start_processes(config) as processes, open_stage(config, processes, "pretrain", order, sets, trained) as run:
+    return Inputs(sets, held_out, order, steps, initial, training_clips(config, sets, held_out))
+
+
+def hashes_of(inputs: Inputs) -> dict[str, str]:
+    """Returns what must be the same on all nodes."""
+    return fingerprints("data.shards", *inputs.sets) | fingerprints("validation.shards", inputs.held_out)
+
+
+def pretrain_in(processes: Processes, config: PretrainConfig, inputs: Inputs) -> dict[str, Any]:
+    """Pretrains in processes that have found each other; see `pretrain`."""
+    sets, held_out, order, steps, initial, clips = inputs
+    with open_stage(config, processes, "pretrain", order, sets, trained_fields(config)) as run:
         order, steps = going_on(config, order, run)
         if is_finished(run, steps):
             return say_finished(run)

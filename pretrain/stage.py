@@ -22,7 +22,7 @@ from pretrain.data.randomness import seed_of_set
 from pretrain.data.shard_cache import CacheConfig
 from pretrain.data.shards import ShardSet
 from pretrain.data.training_clips import TrainingClips
-from pretrain.engine.compiler import refuse_divided_weights, refuse_without_compiler
+from pretrain.engine.compiler import refuse_divided_weights
 from pretrain.engine.distributed import Processes, launched_world
 from pretrain.engine.optimizer import build_optimizer, members_of_groups
 from pretrain.engine.plan import Plan
@@ -131,15 +131,13 @@ def start_processes(config: RunConfig) -> Processes:
     """Joins the other processes of the run.
 
     Raises:
-        Refused: The batch does not divide among them, or the model shall be compiled where it cannot be.
+        Refused: The batch does not divide among them, or their devices cannot do what is asked for.
     """
     with met_by_every_rank():
         accumulation = config.accumulation(launched_world())
         deepspeed = find_recipe(config.deepspeed, "deepspeed", ".json") if config.deepspeed else None
         if config.compile and deepspeed:
             refuse_divided_weights(deepspeed)
-    if config.compile:
-        refuse_without_compiler()
     processes = Processes(
         config.precision, accumulation, config.data.micro_batch, config.optimizer.clip_grad, deepspeed
     )
@@ -235,11 +233,14 @@ def train(
 
     Raises:
         Refused: The checkpoint holds another model.
+        DiskFull: There is no room for one more checkpoint.
         StoppedByRule: A rule stopped the run.
         Preempted: A signal or a limit of time ended it. The model returned raises it too, when it is used.
     """
     processes = run.processes
     batch = order.global_batch
+    if run.first_step < steps:
+        run.checkpoints.refuse_without_room(sum(parameter.numel() for parameter in model.parameters()))
     if config.activation_checkpointing:
         recompute_activations(model)
     if config.compile:

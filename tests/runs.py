@@ -41,6 +41,8 @@ def child(order):
     os.dup2(output, 2)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.update(order["environment"])
+    os.chdir(order["place"])
+    sys.path[:0] = order["path"]
     if order["limit_bytes"]:
         import resource
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["limit_bytes"],) * 2)
@@ -136,6 +138,7 @@ def start(
     limit_bytes: int = 0,
     sync_s: float = 0,
     kill_at: int | None = None,
+    last: dict[str, Any] | None = None,
 ) -> Started:
     """Starts `python -m MODULE ARGUMENTS` in `world` processes.
 
@@ -148,6 +151,8 @@ def start(
         limit_bytes: Largest file that the processes may write; 0 for no limit.
         sync_s: Seconds that a slow disk takes to write a file through.
         kill_at: At which of the file operations of its saves rank 0 kills itself, 0 for never; None watches none.
+        last: How the last rank is started in another way: `arguments` that follow, the `place` it starts in, a `path`
+            that Python looks in first.
     """
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
     pids, outputs = [], []
@@ -155,9 +160,12 @@ def start(
     for rank in range(world):
         output = folder / f"output-{time.monotonic_ns()}-{rank}.txt"
         ranked = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
+        other = (last or {}) if rank == world - 1 else {}
         order = {
             "module": module,
-            "arguments": [str(argument) for argument in arguments],
+            "arguments": [str(argument) for argument in (*arguments, *other.get("arguments", ()))],
+            "place": str(other.get("place", Path.cwd())),
+            "path": [str(other["path"])] if "path" in other else [],
             "environment": (ranked if world > 1 else {}) | (environment or {}),
             "output": str(output),
             "limit_bytes": limit_bytes,

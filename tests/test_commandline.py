@@ -96,3 +96,7 @@ def test_each_field_of_a_pair_replaces_the_other_and_a_cleared_one_replaces_noth
 def test_the_rank_that_deepspeeds_launcher_appends_is_passed_over(config):
     stage = "pretrain" if config is PretrainConfig else "finetune"
     assert parse(config, stage, ["--local_rank=1", "--steps", "7"]).steps == 7
+
+
+def test_no_arguments_at_all_are_the_defaults():
+    assert parse(PretrainConfig, "pretrain", []) == PretrainConfig()

@@ -41,6 +41,8 @@ from pretrain.files import sync_file
 logger = logging.getLogger(__name__)
 
 PROBE_BYTES = 1 << 20
+BYTES_A_PARAMETER = 12
+"""A weight and the two moments of AdamW in full precision; engines that keep more only make a checkpoint larger."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +109,17 @@ class Checkpoints:
         for stale in self.folder.glob("*-*.tmp-*"):
             shutil.rmtree(stale)
 
+    def refuse_without_room(self, parameters: int) -> None:
+        """Raises `DiskFull` where one more checkpoint, of so many parameters, finds no room; every rank calls it."""
+
+        def refuse() -> None:
+            before = step_folders(self.folder)
+            needed = size_bytes(before[-1]) if before else parameters * BYTES_A_PARAMETER
+            why = f"as {before[-1].name} takes" if before else f"for {parameters / 1e6:.1f} million parameters"
+            self._refuse_full_disk(f"{self.folder}: the next checkpoint", needed, why)
+
+        self.processes.on_main_only(refuse)
+
     def save(self, step: int, model: nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
         """Writes and commits the checkpoint of `step`, after the one in flight; every rank calls it.
 
@@ -166,17 +179,17 @@ class Checkpoints:
         before = step_folders(self.folder)
         if before:
             needed = size_bytes(before[-1])
-            self._refuse_without_room(final, needed, f"as {before[-1].name} takes")
+            self._refuse_full_disk(f"{final}:", needed, f"as {before[-1].name} takes")
         try:
             temporary.mkdir()
         except OSError as error:
             raise self._failure(error, final) from error
 
-    def _refuse_without_room(self, final: Path, needed: int, why: str) -> None:
+    def _refuse_full_disk(self, what: str, needed: int, why: str) -> None:
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise DiskFull(
-                f"{final}: takes about {needed / 2**20:.1f} MiB, {why}, and no more than {free / 2**20:.1f} MiB are "
+                f"{what} takes about {needed / 2**20:.1f} MiB, {why}, and no more than {free / 2**20:.1f} MiB are "
                 f"free on the disk; free some and start again; the checkpoints before are whole"
             )
 
@@ -302,7 +315,7 @@ class Checkpoints:
             saved.state["engine"]["world"],
             self.processes.world,
         )
-        self._refuse_without_room(final, 2 * size_bytes(saved.folder), "twice as much as the checkpoint")
+        self._refuse_full_disk(f"{final}:", 2 * size_bytes(saved.folder), "twice as much as the checkpoint")
         temporary = final.with_name(f"{final.name}.tmp-{self._attempt}")
         try:
             convert(saved, temporary)

@@ -14,12 +14,13 @@ import subprocess
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from pretrain.engine.devices import Precision, agree_on_devices, device_here, refuse_unfit
 from pretrain.engine.failures import told_by_main
 from pretrain.errors import Refused, TubeletError
 
@@ -27,9 +28,9 @@ LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "M
 SRUN_VARIABLES = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS"}
 PLUGIN_VARIABLES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
 SRUN_PORTS = range(20_000, 30_000)  # below those that Linux hands out by itself
+ZERO_STAGES = (0, 1, 2, 3)
 PATIENCE_S = 60.0  # far below what a process group lets a message wait
 SCONTROL_S = 60
-Precision = Literal["fp32", "bf16", "fp16"]
 Result = TypeVar("Result")
 
 
@@ -42,10 +43,13 @@ class Processes:
         micro_batch: Samples in a micro-batch.
         clip_grad: Greatest gradient norm, or None.
         deepspeed: File of a DeepSpeed configuration, or None for plain data parallelism.
+        meet_within_s: How long to wait for processes that have not started yet; None is as long as torch waits.
 
     Raises:
-        Refused: The device cannot compute in `precision`, or accelerate's own settings contradict the arguments.
-        TubeletError: accelerate or DeepSpeed believes in another number of processes than the launcher started.
+        Refused: A device cannot compute in `precision`, only some nodes have GPUs, or accelerate's own settings
+            contradict the arguments.
+        TubeletError: Not all processes came, or accelerate or DeepSpeed believes in another number of them than the
+            launcher started.
     """
 
     def __init__(
@@ -55,12 +59,11 @@ class Processes:
         micro_batch: int = 1,
         clip_grad: float | None = None,
         deepspeed: Path | None = None,
+        meet_within_s: float | None = None,
     ) -> None:
         """Joins the process group that the launcher's environment variables describe."""
         _refuse_plugins(allowed="ACCELERATE_USE_DEEPSPEED" if deepspeed else None)
         on_gpu = torch.cuda.is_available()
-        if precision == "fp16" and not on_gpu:
-            raise Refused("precision: fp16 needs a GPU; use bf16 or fp32")
         content = _completed(deepspeed, precision, accumulation, micro_batch, clip_grad) if deepspeed else None
         if not on_gpu:
             os.environ["DS_ACCELERATOR"] = "cpu"
@@ -71,6 +74,7 @@ class Processes:
         self.uses_deepspeed = deepspeed is not None
         if _started_by_srun():
             _describe_srun()
+        self._store = self._compare_devices(precision, meet_within_s)
         if self.uses_deepspeed:
             _describe_single_process()
             if not on_gpu:
@@ -95,6 +99,18 @@ class Processes:
             raise
         # Small messages go over gloo, so that they never wait for the GPU.
         self._messages = _message_group() if self.world > 1 else None
+
+    def _compare_devices(self, precision: Precision, meet_within_s: float | None) -> Any:
+        """Raises where the ranks' devices do not fit; returns the store in which they were compared, if any was."""
+        here = device_here(precision)
+        try:
+            if launched_world() > 1 and {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+                return agree_on_devices(here, meet_within_s)
+            refuse_unfit([here])
+        except TubeletError:
+            self._restore_environment()
+            raise
+        return None
 
     def _check_beliefs(self, accumulation: int) -> None:
         """Compares what accelerate made of its environment with what was asked for."""
@@ -192,6 +208,7 @@ class Processes:
         from accelerate.state import AcceleratorState, GradientState
 
         self.accelerator.free_memory()
+        self._store = None
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         if self.uses_deepspeed:
@@ -200,6 +217,9 @@ class Processes:
             deepspeed.comm.destroy_process_group()  # and what DeepSpeed keeps of it
         elif torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+        self._restore_environment()
+
+    def _restore_environment(self) -> None:
         for name, value in self._environment.items():
             if value is None:
                 os.environ.pop(name, None)
@@ -329,14 +349,23 @@ def _spare_compiler() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def read_deepspeed(file: Path) -> dict[str, Any]:
+    """Returns the content of a DeepSpeed file; raises `Refused` if it is none, or asks for a stage that ZeRO lacks."""
+    try:
+        content = dict(json.loads(file.read_text()))
+        stage = dict(content.get("zero_optimization", {})).get("stage", 0)
+    except (ValueError, TypeError) as error:
+        raise Refused(f"{file}: is not a DeepSpeed configuration in JSON ({error}); mend it") from None
+    if stage not in ZERO_STAGES:
+        raise Refused(f"{file}: zero_optimization.stage: {stage} is no stage of ZeRO; use 0, 1, 2 or 3")
+    return content
+
+
 def _completed(
     file: Path, precision: Precision, accumulation: int, micro_batch: int, clip_grad: float | None
 ) -> dict[str, Any]:
     """Returns the content of a DeepSpeed file, completed with what the run's own configuration decides."""
-    try:
-        content = dict(json.loads(file.read_text()))
-    except (ValueError, TypeError) as error:
-        raise Refused(f"{file}: is not a DeepSpeed configuration in JSON ({error}); mend it") from None
+    content = read_deepspeed(file)
     content["train_micro_batch_size_per_gpu"] = micro_batch
     content["gradient_accumulation_steps"] = accumulation
     content["gradient_clipping"] = clip_grad or 0.0

@@ -10,6 +10,8 @@ import pytest
 
 from launch.cli import main
 from launch.slurm import scripts_folder
+from launch.torchrun import run
+from pretrain.errors import EXIT_FAILED
 from tests.launch.test_cli import refusal
 from tests.runs import own_environment, tiny_pretraining
 
@@ -32,8 +34,11 @@ WRONG = [
     ([], "launch: nothing: is no place to launch in; give local or slurm"),
     (["cloud", "--", *PRETRAIN], "launch: cloud: is no place to launch in; give local or slurm"),
     (["slurm", "--nodes", "2"], "launch: what to launch is missing; give it after --"),
-    (["slurm", "--"], "launch: nothing cannot be launched; after -- or --then give pretrain, finetune, pack"),
-    (["slurm", "--", "demo"], "launch: demo cannot be launched; after -- or --then give pretrain, finetune, pack"),
+    (["slurm", "--"], "launch: nothing cannot be launched; after -- or --then give pretrain, finetune, pack, doctor"),
+    (
+        ["slurm", "--", "demo"],
+        "launch: demo cannot be launched; after -- or --then give pretrain, finetune, pack, doctor",
+    ),
     (["slurm", "--node", "2", "--", *PRETRAIN], "unrecognized arguments: --node 2; see tubelet launch slurm --help"),
     (["slurm", "--nodes", "two", "--", *PRETRAIN], "argument --nodes: invalid int value: 'two'"),
     (["slurm", "--nodes", "0", "--", *PRETRAIN], "nodes: 0 must be at least 1"),
@@ -146,6 +151,19 @@ def test_launching_starts_two_processes_and_passes_the_run_s_exit_code_on(recipe
     assert "tubelet: stopping.time_limit_s is over: ended before its first step; start the same command again" in said
     assert re.search(r"rank\s*: 1 \(local_rank: 1\)", said), said
     assert "tubelet: pretrain: ended with exit code 75, see above; the same command goes on" in said
+
+
+def test_torchrun_ends_with_the_exit_code_of_the_rank_that_failed(capfd):
+    each = ["--standalone", "--nproc-per-node", "2", "--no-python", "bash", "-c"]
+    assert run([*each, "exit $((3 * LOCAL_RANK))"]) == 3
+    assert run([*each, "kill -9 $$"]) == EXIT_FAILED
+    assert run([*each, "true"]) == 0
+
+
+def test_a_doctor_is_launched_whatever_is_wrong_with_the_run_since_it_tells_it_itself(recipe, capsys):
+    text = dry_run(capsys, "--nodes", 2, "--", "doctor", "--config", recipe, "--data.shards", "/nowhere")
+    assert f"\nset -- --config {recipe} --data.shards /nowhere --out runs/pretrain\n" in text
+    assert text.index("set -- ") < text.index('run_tasks launch doctor "$@"')
 
 
 def bash(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
