@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -181,6 +182,20 @@ def start(
 def run(module: str, arguments: Sequence[object], folder: Path, **options: Any) -> Started:
     """Starts a run and waits for its end."""
     return start(module, arguments, folder, **options).wait()
+
+
+def run_python(code: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs code in a new process that knows of no W&B key but the given one."""
+    inherited = {name: value for name, value in own_environment().items() if not name.startswith("WANDB_")}
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=folder,
+        env=inherited | {"HOME": str(folder)} | environment,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
 
 
 def free_port() -> int:

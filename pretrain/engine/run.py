@@ -20,6 +20,7 @@ from pretrain.engine.checkpoint import (
     refuse_other_engine,
 )
 from pretrain.engine.distributed import Processes
+from pretrain.engine.environment import describe_attempt, describe_rank, note_attempt
 from pretrain.engine.failures import means_full_disk
 from pretrain.engine.ownership import RunLock
 from pretrain.engine.preemption import StoppingConfig, StopRequests
@@ -72,18 +73,24 @@ class Run:
 
     def begin(self) -> Tracker:
         """Opens the record of this attempt, after all that may refuse it; every rank calls it."""
-        self.processes.on_main_only(self._rewrite_record)
+        ranks = self.processes.gather_objects(describe_rank(self.processes.rank, self.processes.device))
+        environment = self.processes.on_main_only(lambda: self._rewrite_record(ranks))
         config, stage, run_id = (self.state[name] for name in ("config", "stage", "run_id"))
-        self.tracker = Tracker(self.out, self.tracking, config, stage, self.processes.is_main, run_id)
+        shown = config | {"environment": environment}
+        self.tracker = Tracker(self.out, self.tracking, shown, stage, self.processes.is_main, run_id)
         self.state["run_id"] = self.tracker.run_id
         return self.tracker
 
-    def _rewrite_record(self) -> None:
-        """Cuts the record back to the step that this attempt goes on from."""
+    def _rewrite_record(self, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+        """Cuts the record back to the step that this attempt goes on from; notes what it runs on, and returns it."""
         (self.out / "outcome.json").unlink(missing_ok=True)
         for name in (METRICS, SKIPPED, KEYS):
             cut_back(self.out / name, self.first_step)
         write_text(self.out / "config.yaml", self.config_yaml)
+        assert self.checkpoints.lock, "rank 0 owns the run"
+        environment = describe_attempt(self.checkpoints.lock.owner.attempt, self.first_step, ranks)
+        note_attempt(self.out, environment)
+        return environment
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Writes the final figures, the last of the run's files; every rank calls it."""

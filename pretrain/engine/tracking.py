@@ -1,12 +1,8 @@
 """The record of a run: `metrics.jsonl`, always, and Weights & Biases beside it when wanted.
 
 `metrics.jsonl` in the run folder is the record that counts: one JSON object a logged step, appended and flushed at
-once, cut back on resume so that no step stands twice. W&B is a mirror of it, and no trouble of the mirror (no key, no
-network, a slow or broken server, a killed background process) stops or delays a run by more than a bounded time: an
-unreachable server means an offline run, which `wandb sync` uploads later, and any later failure means one warning.
-Steps go to W&B as a metric, never as `step=`, since W&B drops steps that go back after a resume. An attempt that ends
-in order notes how far the mirror goes; the next one sends what is missing, such as after a signal that ended W&B's own
-process, which SIGTERM does wherever SLURM sends it to all processes of a job step. So a step may show twice there.
+once, cut back on resume so that no step stands twice. W&B is a mirror of it (`mirror.py`), and no trouble of the mirror
+stops or delays a run. Here is decided whether there is one, and under which run id.
 """
 
 import contextlib
@@ -22,20 +18,17 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pretrain.engine.signals import signals_held_back
+from pretrain.engine.mirror import Connection, Mirror, missing_lines
+from pretrain.engine.redaction import without_secrets
 from pretrain.errors import DiskFull, TubeletError
 from pretrain.files import is_out_of_space, replacing, write_text
 
 logger = logging.getLogger(__name__)
 
 TrackingMode = Literal["auto", "wandb", "none"]
-Connection = Literal["online", "offline"]
 
 METRICS = "metrics.jsonl"
-INIT_TIMEOUT_S = 20
-FINISH_TIMEOUT_S = 20
 RUN_ID_LENGTH = 8
-MIRRORED = "mirrored_step"
 
 
 class Tracker:
@@ -57,27 +50,27 @@ class Tracker:
             mode: "auto" uses W&B when this machine has a key (`WANDB_API_KEY` or `.netrc`) or `WANDB_MODE=offline`
                 asks for it, and `WANDB_MODE` does not forbid it; "wandb" always, offline when there is no key; "none"
                 never.
-            config: The resolved config, shown by W&B.
+            config: What W&B shows of the run: the resolved config, and what it runs on; secrets are removed.
             stage: "pretrain" or "finetune": the W&B group and job type.
             enabled: False on all ranks but 0.
             run_id: The W&B run id that a checkpoint carries; by default the one of the run folder, or else a new one.
         """
         self.path = Path(out) / METRICS
         self.run_id = run_id
-        self._mirrored = Path(out) / "wandb" / MIRRORED
-        self._step = 0
         self._enabled = enabled
-        self._run: Any = None
+        self._mirror: Mirror | None = None
         if not enabled:
             return
         Path(out).mkdir(parents=True, exist_ok=True)
         connection = choose_connection(mode, os.environ)
         if connection:
-            with self._never_fatal("could not start"):
+            try:
                 self.run_id = settle_run_id(Path(out) / "wandb" / "run_id", run_id)
-                with signals_held_back():  # in W&B's own process, which outlives what stops the run
-                    self._run = _start_wandb(Path(out), connection, config, stage, self.run_id)
-                self._send_missing()
+                missing = missing_lines(Path(out), read_metrics(self.path))
+            except OSError as error:
+                logger.warning("%s: W&B is not used, since this cannot be written (%s)", error.filename, error.strerror)
+                return
+            self._mirror = Mirror(Path(out), connection, without_secrets(config), stage, self.run_id, missing)
 
     def log(self, step: int, metrics: Mapping[str, float | int | str]) -> None:
         """Appends one line, `{"step": step, ...}`; call it once a step, with all that is known of that step.
@@ -97,45 +90,19 @@ class Tracker:
             if is_out_of_space(error):
                 raise DiskFull(f"{self.path}: no space left on the disk; free some and start again") from error
             raise TubeletError(f"{self.path}: cannot be written ({error.strerror}); mend that and resume") from error
-        self._step = step
-        if self._run:
-            with self._never_fatal("stopped working"):
-                self._run.log({"step": step, **metrics})
+        if self._mirror:
+            self._mirror.log({"step": step, **metrics})
 
     def log_picture(self, step: int, name: str, path: Path) -> None:
         """Sends a picture file to W&B; the run folder keeps its own."""
-        if self._run:
-            with self._never_fatal("did not take a picture"):
-                import wandb
-
-                self._run.log({"step": step, name: wandb.Image(str(path))})
+        if self._mirror:
+            self._mirror.log_picture(step, name, path)
 
     def finish(self, exit_code: int = 0) -> None:
-        """Closes the W&B run, waiting at most `FINISH_TIMEOUT_S` for uploads; what is left stays on disk."""
-        run, self._run = self._run, None
-        if run:
-            with self._never_fatal("could not finish"):
-                run.finish(exit_code=exit_code)
-                write_text(self._mirrored, f"{self._step}\n")
-
-    def _send_missing(self) -> None:
-        """Sends the lines of the record that the attempts before may not have sent."""
-        sent = int(self._mirrored.read_text()) if self._mirrored.exists() else 0
-        for entry in read_metrics(self.path):
-            self._step = entry["step"]
-            if self._step > sent:
-                self._run.log({name: value for name, value in entry.items() if value is not None})
-
-    @contextlib.contextmanager
-    def _never_fatal(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # the mirror may fail in any way: training goes on
-            self._run = None
-            logger.warning(
-                "W&B %s (%s); the run goes on without it, its record is %s", what, _in_one_line(error), self.path
-            )
-            _abandon_wandb()
+        """Ends the W&B run, within a bounded time (see `mirror.py`); what was not uploaded stays on disk."""
+        mirror, self._mirror = self._mirror, None
+        if mirror:
+            mirror.finish(exit_code)
 
 
 def cut_back(path: Path, step: int) -> None:
@@ -187,59 +154,6 @@ def _netrc_has_key(environment: Any) -> bool:
         return netrc.netrc(environment.get("NETRC") or Path.home() / ".netrc").authenticators(host) is not None
     except (OSError, RuntimeError, netrc.NetrcParseError):
         return False
-
-
-def _start_wandb(out: Path, connection: Connection, config: dict[str, Any], stage: str, run_id: str) -> Any:
-    """Returns a W&B run: online if that works within `INIT_TIMEOUT_S`, else offline."""
-    import wandb
-
-    wandb.setup(settings=wandb.Settings(silent=True))  # else it announces where it found the key
-
-    def start(mode: Connection) -> Any:
-        run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "tubelet"),
-            group=stage,
-            job_type=stage,
-            name=out.resolve().name,
-            dir=out,
-            id=run_id,
-            resume="allow",
-            mode=mode,
-            config=config,
-            reinit="finish_previous",
-            settings=wandb.Settings(
-                silent=True, console="off", init_timeout=INIT_TIMEOUT_S, finish_timeout=FINISH_TIMEOUT_S
-            ),
-        )
-        run.define_metric("step")
-        run.define_metric("*", step_metric="step")
-        return run
-
-    if connection == "offline":
-        return start("offline")
-    try:
-        return start("online")
-    except Exception as error:  # no server, a refused key, a timeout: wandb has no common class for them
-        logger.warning(
-            "W&B cannot be reached (%s); this run is kept offline, `wandb sync %s` uploads it later",
-            _in_one_line(error),
-            out / "wandb" / f"offline-run-*-{run_id}",
-        )
-        _abandon_wandb()  # its background process still holds the run id
-        return start("offline")
-
-
-def _abandon_wandb() -> None:
-    """Stops what is left of wandb, so that its hook at exit neither waits nor prints a traceback."""
-    with contextlib.suppress(Exception):
-        import wandb
-
-        wandb.teardown()
-
-
-def _in_one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _json_value(value: Any) -> float | int | str | None:

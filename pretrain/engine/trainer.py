@@ -31,7 +31,7 @@ from pretrain.engine.step_figures import LOADER_COSTS, count_skipped, loader_sha
 from pretrain.engine.tracking import Tracker, read_metrics
 from pretrain.engine.watchdog import Watchdog
 from pretrain.errors import Preempted, StoppedByRule, TubeletError
-from pretrain.files import append_json_lines
+from pretrain.files import append_json_lines, sync_file
 
 logger = logging.getLogger(__name__)
 
@@ -175,6 +175,7 @@ class Trainer:
         if not (self._cause or self._is_due(done, self.plan.checkpoint_every)):
             return
         self.watchdog.expect(f"the checkpoint of step {done}", slow=True)
+        self._write(self._sync_record)
         self._check_before_saving(done)
         counts = {"samples_read": self.samples_read, "samples_padded": self.samples_padded}
         state = self.state | counts | {"unvalidated": self._unvalidated}
@@ -285,6 +286,12 @@ class Trainer:
             action()
         except (TubeletError, OSError) as error:
             self._failure = error
+
+    def _sync_record(self) -> None:
+        """Forces the record to the disk before a checkpoint, after which no attempt makes these lines anew."""
+        for path in (self.tracker.path, self.skipped_path, self.keys_path):
+            if path and path.exists():
+                sync_file(path)
 
     def _end_if_failed(self, failed: Tensor) -> None:
         """Raises on every rank what rank 0 could not write."""

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import socket
 
 import pytest
 import torch
@@ -52,9 +53,12 @@ def test_an_open_run_is_owned_and_a_closed_one_is_free_and_tells_its_outcome(tmp
         "restarts": 0,
     }
     assert json.loads((tmp_path / "summary.json").read_text()) == {"loss": 0.5}
-    with opened(tmp_path, processes):
-        pass
+    with opened(tmp_path, processes) as run:
+        run.begin()
     assert outcome(tmp_path)["attempt"] == 2
+    attempts = [json.loads(line) for line in (tmp_path / "environment.jsonl").read_text().splitlines()]
+    assert [entry["attempt"] for entry in attempts] == [1, 2]
+    assert attempts[1]["hosts"] == [attempts[1]["hosts"][0] | {"host": socket.gethostname(), "ranks": [0]}]
 
 
 @pytest.mark.parametrize(

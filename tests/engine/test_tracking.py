@@ -1,14 +1,7 @@
-"""The run's record: metrics.jsonl line by line, and real W&B runs, offline, in processes of their own."""
+"""The run's record: metrics.jsonl line by line, and a real W&B run, offline, in processes of its own."""
 
 import json
-import os
 import resource
-import struct
-import subprocess
-import sys
-import textwrap
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pretrain.engine.mirror import missing_lines, note_mirrored
 from pretrain.engine.tracking import Tracker, choose_connection, cut_back, read_metrics, settle_run_id
 from pretrain.errors import DiskFull
-
-REPOSITORY = Path(__file__).parents[2]
-UNREACHABLE = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0123456789" * 4}
+from tests.runs import run_python
+from tests.wandb_server import wandb_history
 
 
 def quiet_tracker(out: Path, **options) -> Tracker:
@@ -29,51 +22,6 @@ def quiet_tracker(out: Path, **options) -> Tracker:
 
 def steps(path: Path) -> list[int]:
     return [entry["step"] for entry in read_metrics(path)]
-
-
-def run_python(code: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
-    """Runs code in a new process that knows of no W&B key but the given one."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        cwd=folder,
-        env=inherited | {"PYTHONPATH": str(REPOSITORY), "HOME": str(folder)} | environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-
-
-def wandb_records(path: Path) -> Iterator[bytes]:
-    """Yields the records of a .wandb file: seven bytes, then LevelDB's log format in blocks of 32 KiB."""
-    content, place, parts = path.read_bytes(), 7, b""
-    while place + 7 <= len(content):
-        if 32768 - place % 32768 < 7:
-            place += 32768 - place % 32768
-            continue
-        _checksum, size_bytes, kind = struct.unpack_from("<IHB", content, place)
-        parts += content[place + 7 : place + 7 + size_bytes]
-        place += 7 + size_bytes
-        if kind in (1, 4):  # a whole record, or the last part of one
-            yield parts
-            parts = b""
-
-
-def wandb_history(out: Path) -> list[dict]:
-    """Returns the history rows in all of a run folder's offline .wandb files, oldest file first."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    records = [
-        Record.FromString(content)
-        for path in sorted((out / "wandb").glob("offline-run-*/*.wandb"))
-        for content in wandb_records(path)
-    ]
-    return [
-        {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-        for record in records
-        if record.WhichOneof("record_type") == "history"
-    ]
 
 
 def test_each_logged_step_is_one_line_that_is_there_at_once(tmp_path):
@@ -203,6 +151,27 @@ def test_the_run_id_of_a_checkpoint_wins_over_the_folders_which_wins_over_a_new_
     assert settle_run_id(path, None) == "checkpnt"
 
 
+def test_the_mirror_lacks_the_lines_after_the_noted_step_and_forgets_steps_that_the_record_lost(tmp_path):
+    record = [{"step": step} for step in (10, 20, 30)]
+    assert missing_lines(tmp_path, record) == record
+    (tmp_path / "wandb").mkdir()
+    note_mirrored(tmp_path, 20)
+    assert missing_lines(tmp_path, record) == record[2:]
+    assert missing_lines(tmp_path, record[:1]) == []
+    assert missing_lines(tmp_path, record) == record[1:], "the steps 20 and 30 were made anew"
+    (tmp_path / "wandb" / "mirrored_step").write_text("")
+    assert missing_lines(tmp_path, record) == record
+
+
+def test_a_folder_in_which_wandb_cannot_write_costs_a_warning_and_the_record_goes_on(tmp_path, caplog):
+    (tmp_path / "wandb").write_text("a file")
+    tracker = Tracker(tmp_path, "wandb", {}, "pretrain")
+    tracker.log(1, {"loss": 1.0})
+    tracker.finish()
+    assert f"{tmp_path}/wandb: W&B is not used, since this cannot be written (File exists)" in caplog.text
+    assert steps(tracker.path) == [1]
+
+
 def test_importing_the_tracker_and_running_without_a_key_does_not_import_wandb(tmp_path):
     done = run_python(
         """
@@ -248,106 +217,3 @@ def test_without_a_key_wandb_runs_offline_silently_and_a_restart_keeps_the_run_i
     assert [row["step"] for row in wandb_history(out) if "reconstruction" in str(row)] == [3, 5]
     assert steps(out / "metrics.jsonl") == [1, 2, 3, 4, 5]
     assert list((out / "wandb").rglob("media/images/*.png"))
-
-
-def test_an_unreachable_server_means_an_offline_run_with_one_warning_in_bounded_time(tmp_path):
-    started = time.monotonic()
-    done = run_python(
-        """
-        import logging
-        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-        from pathlib import Path
-        from pretrain.engine import tracking
-        tracking.INIT_TIMEOUT_S = 3
-        tracker = tracking.Tracker(Path("run"), "auto", {}, "finetune")
-        tracker.log(1, {"loss": 0.5})
-        tracker.finish()
-        """,
-        tmp_path,
-        **UNREACHABLE,
-    )
-    assert time.monotonic() - started < 20
-    assert (done.returncode, done.stdout) == (0, "")
-    [warning] = done.stderr.splitlines()
-    assert warning.startswith("WARNING W&B cannot be reached")
-    assert "wandb sync run/wandb/offline-run-*-" in warning
-    assert [(row["step"], row["loss"]) for row in wandb_history(tmp_path / "run")] == [(1, 0.5)]
-
-
-def test_when_wandbs_process_is_killed_training_goes_on_with_one_warning_and_a_whole_record(tmp_path):
-    done = run_python(
-        """
-        import logging, time
-        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-        from pathlib import Path
-        import psutil
-        from pretrain.engine.tracking import Tracker
-        tracker = Tracker(Path("run"), "wandb", {}, "pretrain")
-        tracker.log(1, {"loss": 1.0})
-        for child in psutil.Process().children(recursive=True):
-            child.kill()
-        for step in range(2, 20):
-            time.sleep(0.02)
-            tracker.log(step, {"loss": 1.0})
-        tracker.finish()
-        """,
-        tmp_path,
-    )
-    assert (done.returncode, done.stdout) == (0, "")
-    [warning] = done.stderr.splitlines()
-    assert warning.startswith("WARNING W&B stopped working")
-    assert steps(tmp_path / "run" / "metrics.jsonl") == list(range(1, 20))
-
-
-def test_what_a_signal_to_wandbs_process_kept_from_it_is_sent_by_the_next_attempt(tmp_path):
-    done = run_python(
-        """
-        import logging, signal, sys
-        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-        from pathlib import Path
-        import psutil
-        from pretrain.engine.tracking import Tracker
-        first = Tracker(Path("run"), "wandb", {}, "pretrain")
-        first.log(1, {"loss": 1.0})
-        children = psutil.Process().children(recursive=True)
-        for number in (signal.SIGUSR1, signal.SIGUSR2):
-            for child in children:
-                child.send_signal(number)
-        first.log(2, {"loss": 2.0})
-        first.finish()
-        second = Tracker(Path("run"), "wandb", {}, "pretrain")
-        children = psutil.Process().children(recursive=True)
-        for child in children:
-            child.terminate()
-        psutil.wait_procs(children, timeout=20)
-        for step in (3, 4):
-            second.log(step, {"loss": float(step), "rate": float("nan")})
-        second.finish()
-        third = Tracker(Path("run"), "wandb", {}, "pretrain")
-        third.log(5, {"loss": 5.0})
-        third.finish()
-        """,
-        tmp_path,
-    )
-    assert done.returncode == 0
-    assert done.stderr.count("WARNING") == 1, "USR1 and USR2 do nothing to it"
-    sent = [(row["step"], row["loss"]) for row in wandb_history(tmp_path / "run") if "loss" in row]
-    assert sorted(set(sent)) == [(step, float(step)) for step in range(1, 6)]
-
-
-def test_a_wandb_setting_that_is_wrong_costs_one_warning(tmp_path):
-    done = run_python(
-        """
-        from pathlib import Path
-        from pretrain.engine.tracking import Tracker
-        tracker = Tracker(Path("run"), "wandb", {}, "pretrain")
-        tracker.log(1, {"loss": 1.0})
-        tracker.finish()
-        """,
-        tmp_path,
-        WANDB_INIT_TIMEOUT="soon",
-    )
-    assert done.returncode == 0
-    assert done.stderr.startswith("W&B could not start")
-    assert len(done.stderr.splitlines()) == 1
-    assert steps(tmp_path / "run" / "metrics.jsonl") == [1]

@@ -152,6 +152,19 @@ def test_a_step_reads_no_value_from_the_device(tmp_path):
                 record.loss_and_norm()
 
 
+def test_the_record_is_on_the_disk_before_the_checkpoint_after_which_no_line_of_it_is_made_anew(tmp_path, monkeypatch):
+    synced, sync = [], os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda file: (synced.append(Path(os.readlink(f"/proc/self/fd/{file}"))), sync(file))
+    )
+    with Processes() as processes:
+        trainer = trainer_of(tmp_path, processes, lambda model, batch: model(batch.clips).square().mean())
+        trainer.train(batches([]), "test")
+    names = [path.name.partition(".tmp-")[0] for path in synced]
+    names = [name for name in names if name in ("metrics.jsonl", "manifest.json")]
+    assert names == ["metrics.jsonl", "manifest.json"] * 3
+
+
 def test_weights_that_the_last_backward_pass_broke_are_never_saved_though_no_loss_shows_it_yet(tmp_path):
     calls = itertools.count(1)
 

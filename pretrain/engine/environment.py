@@ -1,0 +1,187 @@
+"""What an attempt runs on: the code and its state in git, versions, hosts and devices, the job, the command, variables.
+
+Each attempt adds a line to `environment.jsonl` in the run folder and shows it in W&B, so that a result can be traced to
+what made it, also where a requeued job went on with other nodes or other code. Only variables that are known to matter
+are taken, and secrets are removed from all texts (`redaction.py`).
+"""
+
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain.engine.redaction import arguments_without_secrets, is_secret_name, without_secrets
+from pretrain.files import write_text
+
+ENVIRONMENT = "environment.jsonl"
+LIBRARIES = (
+    *("tubelet", "torch", "torchvision", "timm", "accelerate", "deepspeed", "transformers"),
+    *("numpy", "webdataset", "decord2", "torchcodec", "av", "wandb"),
+)
+TAKEN = (
+    *(
+        "SLURM_",
+        "TUBELET_",
+        "ACCELERATE_",
+        "DEEPSPEED_",
+        "DS_",
+        "TORCH_",
+        "TORCHELASTIC_",
+        "TORCHINDUCTOR_",
+        "PYTORCH_",
+    ),
+    *("CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "UCX_", "FI_", "OMP_", "MKL_", "OPENBLAS_", "HIP_", "ROCR_", "TRITON_"),
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUBLAS_WORKSPACE_CONFIG"),
+    *("WANDB_MODE", "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_BASE_URL", "CONDA_DEFAULT_ENV", "VIRTUAL_ENV"),
+    *("APPTAINER_CONTAINER", "APPTAINER_NAME", "SINGULARITY_CONTAINER", "HF_HUB_OFFLINE", "PYTHONHASHSEED"),
+)
+"""Variables that are noted: these, and those that begin so where a name ends in `_`."""
+GIT_PATIENCE_S = 10
+DIFFERING_FILES = 50
+"""Files with changes that are listed; of more only the sum is told."""
+
+
+def describe_rank(rank: int, device: torch.device) -> dict[str, Any]:
+    """Returns where a rank runs: its host, its device, and the CPU cores that it may use."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU"
+    return {"rank": rank, "host": socket.gethostname(), "device": name, "cpus": len(os.sched_getaffinity(0))}
+
+
+def describe_attempt(
+    attempt: int,
+    first_step: int,
+    ranks: list[dict[str, Any]],
+    environment: Mapping[str, str] | None = None,
+    arguments: list[str] | None = None,
+) -> dict[str, Any]:
+    """Returns what an attempt runs on.
+
+    Args:
+        attempt: Its number.
+        first_step: The step from which it goes on.
+        ranks: What `describe_rank` tells of each rank.
+        environment: Variables; by default this process's.
+        arguments: The command line; by default this process's.
+    """
+    variables = dict(os.environ if environment is None else environment)
+    report = {
+        "attempt": attempt,
+        "step": first_step,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": arguments_without_secrets(sys.orig_argv if arguments is None else arguments, variables),
+        "folder": os.getcwd(),
+        "launcher": launcher_of(variables),
+        "job": variables.get("SLURM_JOB_ID"),
+        "world": len(ranks),
+        "hosts": _hosts_of(ranks),
+        "code": describe_code(Path(__file__).parents[2]),
+        "versions": _versions(),
+        "system": platform.platform(),
+        "variables": {name: value for name, value in sorted(variables.items()) if _is_noted(name)},
+    }
+    return without_secrets(report, variables)
+
+
+def note_attempt(out: Path, report: dict[str, Any]) -> None:
+    """Adds the report of an attempt to those in the run folder."""
+    path = out / ENVIRONMENT
+    before = path.read_text(errors="replace").splitlines() if path.exists() else []
+    write_text(path, "".join(line + "\n" for line in [*before, json.dumps(report)]))
+
+
+def launcher_of(variables: Mapping[str, str]) -> str:
+    """Returns what started the processes: srun, torchrun, accelerate, deepspeed, or python itself."""
+    if "TORCHELASTIC_RUN_ID" in variables:
+        return "accelerate" if "ACCELERATE_MIXED_PRECISION" in variables else "torchrun"
+    if "CROSS_SIZE" in variables:
+        return "deepspeed"
+    return "srun" if "SLURM_STEP_ID" in variables else "python"
+
+
+@functools.cache
+def describe_code(folder: Path) -> dict[str, Any]:
+    """Returns the state in git of the code in a folder, or what is known of it where it is not under git.
+
+    The addresses of remotes are left out: they may hold credentials.
+    """
+    tracked, error = _ask_git(folder, "ls-files", "--error-unmatch", "pretrain/__init__.py")
+    if tracked is None:
+        told = f"installed, not a checkout of git ({folder})" if not (folder / ".git").exists() else error
+        return {"source": told, "version": _version("tubelet"), "commit": _installed_commit()}
+    changes, _ = _ask_git(folder, "diff", "--stat=200", f"--stat-count={DIFFERING_FILES}", "HEAD")
+    untracked, _ = _ask_git(folder, "ls-files", "--others", "--directory", "--exclude-standard")
+    return {
+        "source": f"a checkout of git ({folder})",
+        "version": _version("tubelet"),
+        "commit": (_ask_git(folder, "rev-parse", "HEAD")[0] or "").strip() or None,
+        "branch": (_ask_git(folder, "rev-parse", "--abbrev-ref", "HEAD")[0] or "").strip() or None,
+        "changed": None if changes is None else bool(changes),
+        "changes": (changes or "").splitlines(),
+        "untracked": (untracked or "").splitlines()[:DIFFERING_FILES],
+    }
+
+
+def _ask_git(folder: Path, *command: str) -> tuple[str | None, str]:
+    """Returns what git answers, or None and why it does not."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *command],
+            env=environment | {"GIT_OPTIONAL_LOCKS": "0"},
+            capture_output=True,
+            text=True,
+            timeout=GIT_PATIENCE_S,
+            errors="replace",
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return None, f"git does not answer ({error})"
+    return (done.stdout, "") if done.returncode == 0 else (None, " ".join(done.stderr.split()))
+
+
+def _installed_commit() -> str | None:
+    """Returns the commit that pip noted where it installed Tubelet from a repository."""
+    try:
+        noted = importlib.metadata.distribution("tubelet").read_text("direct_url.json")
+        return json.loads(noted or "{}").get("vcs_info", {}).get("commit_id")
+    except (importlib.metadata.PackageNotFoundError, ValueError, AttributeError):
+        return None
+
+
+def _versions() -> dict[str, str | None]:
+    versions = {"python": platform.python_version()} | {name: _version(name) for name in LIBRARIES}
+    if torch.cuda.is_available():
+        versions |= {"cuda": torch.version.cuda, "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
+    return {name: version for name, version in versions.items() if version is not None}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _hosts_of(ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns one entry for each host, in the order of the ranks."""
+    hosts: dict[str, dict[str, Any]] = {}
+    for rank in ranks:
+        host = hosts.setdefault(rank["host"], {"host": rank["host"], "ranks": [], "devices": [], "cpus": []})
+        host["ranks"].append(rank["rank"])
+        host["devices"].append(rank["device"])
+        host["cpus"].append(rank["cpus"])
+    return list(hosts.values())
+
+
+def _is_noted(name: str) -> bool:
+    known = any(name.startswith(prefix) if prefix.endswith("_") else name == prefix for prefix in TAKEN)
+    return known and not is_secret_name(name)
