@@ -14,6 +14,7 @@ import contextlib
 import logging
 import os
 import queue
+import textwrap
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +34,7 @@ INIT_TIMEOUT_S = 10
 FINISH_TIMEOUT_S = 10
 END_WITHIN_S = 20
 """Longest wait at the end: long enough for a start that finds no server and for the offline run that follows it."""
+SILENT_S = 2
 KILLED_WITHIN_S = 2
 WAITING_ENTRIES = 10_000
 CORE = "wandb-core"
@@ -92,7 +94,10 @@ class Mirror:
         self._send(_End(exit_code))
         if self._over:
             return
-        self._thread.join(END_WITHIN_S)
+        self._thread.join(SILENT_S)
+        if self._thread.is_alive():
+            logger.info("waiting for W&B, at most %d s", END_WITHIN_S)
+            self._thread.join(END_WITHIN_S - SILENT_S)
         if self._thread.is_alive():
             self._give_up(f"did not end within {END_WITHIN_S} s")
             self._thread.join(KILLED_WITHIN_S)
@@ -243,5 +248,5 @@ def _tear_down() -> None:
 
 
 def _in_one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    told = textwrap.shorten(str(error), 200, placeholder=" ...")
+    return f"{type(error).__name__}: {told}" if told else type(error).__name__
