@@ -22,7 +22,7 @@ demo: .venv/installed ## make videos, pretrain, finetune, and write runs/demo/re
 test: .venv/installed ## run the tests
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
-test-drills: .venv/installed ## run the drills that take minutes: DeepSpeed, launchers, signals, kills within saves, other numbers of processes
+test-drills: .venv/installed ## run the drills that take minutes: DeepSpeed, signals, W&B, kills within saves, other numbers of processes
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup tests/drills/long
 
 drill: .venv/installed ## kill runs N=200 times, mostly inside saves, and change worlds under every ZeRO stage; long

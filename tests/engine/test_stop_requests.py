@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -37,6 +38,15 @@ def test_all_ranks_find_the_same_cause_whichever_of_them_met_something():
     assert str(first_cause(torch.tensor([0.0, signal.SIGUSR2]))) == "SIGUSR2 (rank 1)"
 
 
+@pytest.fixture
+def hears_ctrl_c() -> Iterator[None]:
+    """What a shell starts in the background is deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("hears_ctrl_c")
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_is_noted_once_however_often_it_is_heard_and_the_handlers_come_back(number):
     before = [signal.getsignal(one) for one in STOP_SIGNALS]
