@@ -135,7 +135,7 @@ requeue() {
     local job
     job=$(scontrol show job --oneliner "$JOB")
     case $job in
-        *" JobState=RUNNING "* | *" Reason=TimeLimit "*) ;;
+        *" JobState=RUNNING "* | *" JobState=SIGNALING "* | *" Reason=TimeLimit "*) ;;
         *)
             echo "tubelet: exit code $1; job $JOB is being ended, so it is not requeued" >&2
             exit "$1"

@@ -13,6 +13,8 @@ from tests.cluster.jobs import Job
 from tests.cluster.slurm_cluster import SlurmCluster, kept_cluster, wait_until
 from tests.runs import own_environment, tiny_pretraining
 
+EMPTY_S = 120
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--matrix", action="store_true", help="let every disturbance of a run meet every ZeRO stage")
@@ -40,8 +42,8 @@ def submit(cluster, tmp_path) -> Iterator[Callable[..., Job]]:
 
     yield sbatch
     cluster.run("scancel", "--user", getpass.getuser())
-    wait_until(lambda: not cluster.ask("squeue", "--noheader"), 60, "the queue is empty")
-    wait_until(lambda: cluster.nodes_are("idle"), 60, "all nodes are idle")
+    wait_until(lambda: not cluster.ask("squeue", "--noheader"), EMPTY_S, "the queue is empty")
+    wait_until(lambda: cluster.nodes_are("idle"), EMPTY_S, "all nodes are idle")
 
 
 @pytest.fixture

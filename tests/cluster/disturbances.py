@@ -11,6 +11,8 @@ from collections.abc import Callable
 from tests.cluster.jobs import Job
 from tests.cluster.slurm_cluster import wait_until
 
+WARNING_S = 120
+"""How long before its limit a job shall be warned."""
 NOTICED_S = 180
 """Longest time that SLURM takes to notice a lost node or a time limit, and to requeue the job."""
 
@@ -29,8 +31,10 @@ def kill_rank_1(job: Job) -> None:
 
 def lose_node_2(job: Job) -> None:
     job.cluster.lose_node("node2")
-    wait_until(lambda: job.shown("Restarts") != "0", NOTICED_S, "the job is requeued")
-    job.cluster.start_node("node2")
+    try:
+        wait_until(lambda: job.shown("Restarts") != "0", NOTICED_S, "the job is requeued")
+    finally:
+        job.cluster.start_node("node2")
 
 
 def preempt(job: Job) -> None:
@@ -40,12 +44,15 @@ def preempt(job: Job) -> None:
 
 
 def reach_time_limit(job: Job) -> None:
-    """Moves the limit to the next full minute, whose warning of 60 s is due; the next attempt has time again."""
+    """Moves the limit so near that SLURM's warning is due, for which it looks each half a minute.
+
+    That leaves the ranks half a minute at least, on a slow machine too. The next attempt has time again.
+    """
     stop_ranks(job)
     hours, minutes, _ = job.shown("RunTime").split(":")
     limit = ("scontrol", "update", f"JobId={job.number}")
-    job.cluster.ask(*limit, f"TimeLimit={60 * int(hours) + int(minutes) + 1}")
-    wait_until(lambda: job.shown("Restarts") == "1", NOTICED_S, "the job is requeued at its limit")
+    job.cluster.ask(*limit, f"TimeLimit={60 * int(hours) + int(minutes) + WARNING_S // 60}")
+    wait_until(lambda: job.shown("Restarts") == "1", NOTICED_S, "the job is requeued before its limit")
     job.cluster.ask(*limit, "TimeLimit=60")
 
 

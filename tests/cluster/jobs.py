@@ -14,7 +14,8 @@ from tests.cluster.slurm_cluster import SlurmCluster, wait_until
 
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1")
 JOB_S = 900
-LIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "STOPPED")
+ENDED = ("CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT")
+"""All other states are on the way, such as SIGNALING, which a job has for a moment."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Job:
     @property
     def is_over(self) -> bool:
         """Whether it has ended for good."""
-        return self.shown("JobState") not in LIVE
+        return self.shown("JobState") in ENDED
 
     def wait(self, within_s: float = JOB_S) -> str:
         """Waits until the job is over for good; returns its state."""

@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.cluster import disturbances
-from tests.cluster.disturbances import DISTURBANCES, SAVING, Disturbance, stop_rank_1
+from tests.cluster.disturbances import DISTURBANCES, SAVING, WARNING_S, Disturbance, stop_rank_1
 from tests.cluster.jobs import TWO_NODES, jobs_of, newest_step, steps_logged
 from tests.cluster.slurm_cluster import wait_until
 from tests.engine.test_tracking import wandb_history
@@ -106,7 +106,7 @@ def test_a_script_by_hand_and_tubelet_launch_slurm_train_on_two_nodes_as_torchru
 
 def test_a_run_goes_on_by_itself_to_the_same_weights_after(submit, recipe, undisturbed, tmp_path, stage, disturb):
     out = tmp_path / "run"
-    limits = ("--time=60", "--signal=USR2@60")
+    limits = ("--time=60", f"--signal=USR2@{WARNING_S}")
     hang = ["--stopping.hang_limit_s", 20] if disturb is stop_rank_1 else []
     job = submit(*limits, *TWO_NODES, "slurm/pretrain.sbatch", *arguments(recipe, out, stage), *hang, **OFFLINE)
     wait_until(lambda: newest_step(out) >= 20 or job.is_over, STARTED_S, "step 20")
