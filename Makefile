@@ -25,9 +25,10 @@ test: .venv/installed ## run the tests
 test-drills: .venv/installed ## run the drills that take minutes: DeepSpeed, signals, W&B, kills within saves, other numbers of processes
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup tests/drills/long
 
-drill: .venv/installed ## kill runs N=200 times, mostly inside saves, and change worlds under every ZeRO stage; long
+drill: .venv/installed ## kill runs N=200 times, mostly inside saves, change worlds under every ZeRO stage, disturb runs on SLURM in every way; hours
 	@$(BIN)/python -m tests.drills.kill_many --kills $(N)
 	@$(BIN)/python -m tests.drills.zero_worlds
+	@$(BIN)/python -m pytest tests/cluster/test_runs.py --matrix
 
 test-cluster: .venv/installed ## run the tests that need SLURM, on a cluster of two nodes that they start here
 	@$(BIN)/python -m pytest tests/cluster

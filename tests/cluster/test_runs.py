@@ -18,8 +18,8 @@ from tests.cluster import disturbances
 from tests.cluster.disturbances import DISTURBANCES, SAVING, WARNING_S, Disturbance, stop_rank_1
 from tests.cluster.jobs import TWO_NODES, jobs_of, newest_step, steps_logged
 from tests.cluster.slurm_cluster import wait_until
-from tests.engine.test_tracking import wandb_history
 from tests.runs import ROOT, own_environment
+from tests.wandb_server import wandb_history
 
 STAGES = (0, 1, 2, 3)
 SAMPLE: dict[int, tuple[Disturbance, ...]] = {
@@ -121,4 +121,5 @@ def test_a_run_goes_on_by_itself_to_the_same_weights_after(submit, recipe, undis
         assert "exit code 75; requeueing" in job.text
     if disturb is stop_rank_1:
         assert "trainer.py" in (out / "stacks" / "rank-0.txt").read_text()
-    assert 2 <= assert_same_run(out, undisturbed(stage)) <= 1 + restarts
+    ended_in_order = 2 if disturb in SAVING else 1  # W&B may not have begun yet in an attempt that was killed
+    assert ended_in_order <= assert_same_run(out, undisturbed(stage)) <= 1 + restarts
