@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import logging
 import re
-import socket
 import sys
 from argparse import Action
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
+from pretrain.engine.devices import host_name
 from pretrain.engine.distributed import launched_rank
 from pretrain.errors import EXIT_DONE, EXIT_INTERRUPTED, DiskFull, Refused, TubeletError
 from pretrain.files import is_out_of_space
@@ -230,7 +230,7 @@ def _tell(error: TubeletError) -> int:
     logging.getLogger(__name__).debug("traceback", exc_info=error)
     rank = launched_rank()
     if rank == 0 or not error.told:
-        speaker = f"rank {rank} on {socket.gethostname()}: " if rank else ""
+        speaker = f"rank {rank} on {host_name()}: " if rank else ""
         print(f"tubelet: {speaker}{' '.join(str(error).split())}", file=sys.stderr)
     return error.exit_code
 

@@ -20,7 +20,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from pretrain.engine.devices import Precision, agree_on_devices, device_here, refuse_unfit
+from pretrain.engine.devices import Precision, agree_on_devices, device_here, host_name, refuse_unfit
 from pretrain.engine.failures import told_by_main
 from pretrain.errors import Refused, TubeletError
 
@@ -321,7 +321,7 @@ def _require_free(port: int, is_given: bool) -> None:
         try:
             probe.bind(("", port))
         except OSError as error:
-            place = f"MASTER_PORT: {port} on {socket.gethostname()} cannot be used ({error.strerror})"
+            place = f"MASTER_PORT: {port} on {host_name()} cannot be used ({error.strerror})"
             if is_given:
                 raise Refused(f"{place}; set it to a free one") from None
             raise TubeletError(f"{place}; the job's next attempt takes another, or set it to a free one") from None

@@ -10,7 +10,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import socket
 import subprocess
 import sys
 import time
@@ -20,14 +19,12 @@ from typing import Any
 
 import torch
 
+from pretrain.engine.devices import host_name
 from pretrain.engine.redaction import arguments_without_secrets, is_secret_name, without_secrets
+from pretrain.engine.versions import installed_versions, version_of
 from pretrain.files import write_text
 
 ENVIRONMENT = "environment.jsonl"
-LIBRARIES = (
-    *("tubelet", "torch", "torchvision", "timm", "accelerate", "deepspeed", "transformers"),
-    *("numpy", "webdataset", "decord2", "torchcodec", "av", "wandb"),
-)
 TAKEN = (
     *(
         "SLURM_",
@@ -54,7 +51,7 @@ DIFFERING_FILES = 50
 def describe_rank(rank: int, device: torch.device) -> dict[str, Any]:
     """Returns where a rank runs: its host, its device, and the CPU cores that it may use."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU"
-    return {"rank": rank, "host": socket.gethostname(), "device": name, "cpus": len(os.sched_getaffinity(0))}
+    return {"rank": rank, "host": host_name(), "device": name, "cpus": len(os.sched_getaffinity(0))}
 
 
 def describe_attempt(
@@ -117,12 +114,12 @@ def describe_code(folder: Path) -> dict[str, Any]:
     tracked, error = _ask_git(folder, "ls-files", "--error-unmatch", "pretrain/__init__.py")
     if tracked is None:
         told = f"installed, not a checkout of git ({folder})" if not (folder / ".git").exists() else error
-        return {"source": told, "version": _version("tubelet"), "commit": _installed_commit()}
+        return {"source": told, "version": version_of("tubelet"), "commit": _installed_commit()}
     changes, _ = _ask_git(folder, "diff", "--stat=200", f"--stat-count={DIFFERING_FILES}", "HEAD")
     untracked, _ = _ask_git(folder, "ls-files", "--others", "--directory", "--exclude-standard")
     return {
         "source": f"a checkout of git ({folder})",
-        "version": _version("tubelet"),
+        "version": version_of("tubelet"),
         "commit": (_ask_git(folder, "rev-parse", "HEAD")[0] or "").strip() or None,
         "branch": (_ask_git(folder, "rev-parse", "--abbrev-ref", "HEAD")[0] or "").strip() or None,
         "changed": None if changes is None else bool(changes),
@@ -157,18 +154,11 @@ def _installed_commit() -> str | None:
         return None
 
 
-def _versions() -> dict[str, str | None]:
-    versions = {"python": platform.python_version()} | {name: _version(name) for name in LIBRARIES}
+def _versions() -> dict[str, str]:
+    versions = installed_versions()
     if torch.cuda.is_available():
-        versions |= {"cuda": torch.version.cuda, "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
-    return {name: version for name, version in versions.items() if version is not None}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+        versions |= {"CUDA": str(torch.version.cuda), "NCCL": ".".join(map(str, torch.cuda.nccl.version()))}
+    return versions
 
 
 def _hosts_of(ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -8,11 +8,7 @@ from. The devices have been compared before (`devices.py`), or there would be no
 
 import contextlib
 import dataclasses
-import functools
-import hashlib
-import importlib.metadata
 import os
-import platform
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,14 +19,10 @@ import torch
 
 from pretrain.engine.devices import host_name, places
 from pretrain.engine.distributed import Processes
+from pretrain.engine.versions import LIBRARIES, installed_versions, source_hash
 from pretrain.errors import EXIT_REFUSED, Refused, TubeletError
 from pretrain.files import is_out_of_space
 
-LIBRARIES = (
-    *("tubelet", "torch", "torchvision", "accelerate", "deepspeed", "transformers", "timm", "webdataset", "av"),
-    *("decord2", "safetensors", "numpy"),
-)
-HOUSE = ("pretrain", "finetune", "launch")
 SAME_ENVIRONMENT = "install the same environment on all nodes, or one on a shared file system"
 SHARED_FOLDER = "give --out as an absolute path on a file system that all nodes share"
 SEEN_WITHIN_S = 3.0
@@ -163,25 +155,10 @@ def _grouped(values: Mapping[int, str]) -> dict[str, list[int]]:
 
 def versions_here() -> Same:
     """Returns the versions of all that decides the figures of a run, as this process sees them."""
-    values = {"Python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            values[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            values[name] = "missing"
+    values = dict.fromkeys(LIBRARIES, "missing") | installed_versions()
     values["tubelet"] += f" (source {source_hash()})"
     values["CUDA of torch"] = str(torch.version.cuda)
     return Same(values, SAME_ENVIRONMENT)
-
-
-@functools.cache
-def source_hash() -> str:
-    """Returns a hash of Tubelet's own source: checkouts of one version can differ."""
-    root = Path(__file__).parents[2]
-    digest = hashlib.sha256()
-    for path in sorted(path for room in HOUSE for path in (root / room).rglob("*.py")):
-        digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def problems_of_folder(processes: Processes, folder: Path, keep: bool = True) -> list[str]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import logging
 import os
 import time
@@ -25,6 +24,7 @@ from pretrain.engine.failures import means_full_disk
 from pretrain.engine.ownership import RunLock
 from pretrain.engine.preemption import StoppingConfig, StopRequests
 from pretrain.engine.tracking import METRICS, Tracker, TrackingMode, cut_back
+from pretrain.engine.versions import installed_versions
 from pretrain.engine.watchdog import Watchdog
 from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, DiskFull, Preempted, Refused, TubeletError
 from pretrain.files import is_out_of_space, write_json, write_text
@@ -35,7 +35,6 @@ CHECKPOINTS = "checkpoints"
 SKIPPED = "skipped.jsonl"
 KEYS = "keys.jsonl"
 SUMMARY = "summary.json"
-LIBRARIES = ("tubelet", "torch", "accelerate", "deepspeed", "timm")
 
 
 @dataclasses.dataclass
@@ -192,7 +191,7 @@ def _state_of(
         "begun": beginning(resume),
         "run_id": None,
         "config": config,
-        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "versions": installed_versions(),
     }
     if saved and saved.folder.resolve().parent == (folder / CHECKPOINTS).resolve():
         state["run_id"] = saved.state.get("run_id")
