@@ -150,6 +150,11 @@ class Checkpoints:
         return copied
 
     @property
+    def is_in_flight(self) -> bool:
+        """Whether a save has begun that is not committed yet."""
+        return self._in_flight is not None
+
+    @property
     def is_written(self) -> bool:
         """Whether this rank has nothing left to write, be it that it failed."""
         return self._in_flight is None or self._in_flight.report.done()
@@ -202,6 +207,8 @@ class Checkpoints:
                     raise report
                 files |= report
             self.files.check_complete(saved.temporary, files)
+            for inner in (path for path in saved.temporary.rglob("*") if path.is_dir()):
+                sync_file(inner)
             write_manifest(saved.temporary, saved.step, saved.state, files)
             self._rename(saved.temporary, saved.final)
         except Exception as error:

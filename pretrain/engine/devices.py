@@ -27,6 +27,7 @@ MEET_WITHIN_S = 1800.0
 READ_WITHIN_S = 10.0
 MOST_HOSTS = 3
 """How many hosts an error names."""
+ALL_GPUS = "let each process see all GPUs of its node (no --gpus-per-task, no --gpu-bind), and start one for each GPU"
 FIRST_WITH_BF16 = (8, 0)
 """Compute capability of the first GPUs that compute in bf16 (Ampere); older ones only imitate it."""
 
@@ -86,7 +87,7 @@ def device_here(precision: Precision) -> Device:
         return Device(host, "cpu", "cpu", problem)
     if local_rank >= gpus:
         needs = f"this rank is number {local_rank} of its node, which has {gpus} GPUs, counted from 0"
-        return Device(host, "cuda", "none", f"gpus: {needs}; start one process for each GPU")
+        return Device(host, "cuda", "none", f"gpus: {needs}; {ALL_GPUS}")
     name, problem = torch.cuda.get_device_name(local_rank), None
     capability = torch.cuda.get_device_capability(local_rank)
     if precision == "bf16" and torch.version.hip is None and capability < FIRST_WITH_BF16:
@@ -126,7 +127,8 @@ def agree_on_devices(here: Device, within_s: float | None = None) -> Any:
     prefix = f"tubelet/devices-{next(_meetings)}"
     store.set(f"{prefix}/{rank}", json.dumps(here))
     try:
-        devices = [Device(*json.loads(store.get(f"{prefix}/{other}"))) for other in range(world)]
+        told = store.multi_get([f"{prefix}/{other}" for other in range(world)])
+        devices = [Device(*json.loads(one)) for one in told]
         refuse_unfit(devices)
     except torch.distributed.DistError as error:
         raise TubeletError(f"the launcher's store: does not answer ({_in_one_line(error)}); start again") from None

@@ -155,7 +155,8 @@ def _grouped(values: Mapping[int, str]) -> dict[str, list[int]]:
 
 def versions_here() -> Same:
     """Returns the versions of all that decides the figures of a run, as this process sees them."""
-    values = dict.fromkeys(LIBRARIES, "missing") | installed_versions()
+    installed = installed_versions()
+    values = {name: installed.get(name, "missing") for name in ("Python", *LIBRARIES)}
     values["tubelet"] += f" (source {source_hash()})"
     values["CUDA of torch"] = str(torch.version.cuda)
     return Same(values, SAME_ENVIRONMENT)

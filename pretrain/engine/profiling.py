@@ -81,18 +81,18 @@ def _trace(folder: Path) -> Iterator[list[int]]:
     try:
         yield noted
     finally:
-        if on_gpu:
-            torch.cuda.synchronize()
-        profiler.stop()
         _write(profiler, folder / f"steps-{noted[0]}-{noted[-1]}.json")
 
 
 def _write(profiler: profile, path: Path) -> None:
     try:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        profiler.stop()
         path.parent.mkdir(exist_ok=True)
         with replacing(path) as temporary:
             profiler.export_chrome_trace(str(temporary))
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # it must not hide why a run ends
         logger.warning("%s cannot be written (%s); the run goes on without it", path, error)
         return
     logger.info("wrote a trace: %s", path)

@@ -1,4 +1,6 @@
-"""Removing secrets from what is written about a run: credentials in URLs, tokens, and the values of secret variables.
+"""Removing secrets from what a run notes of its environment and tells W&B.
+
+Secrets are credentials in URLs, tokens, and the values of secret variables and options.
 
 Nothing here decides what is worth writing; `environment.py` takes only variables that it knows. This is the second net,
 for command lines and values in which a secret may stand all the same.
@@ -13,9 +15,13 @@ REMOVED = "[removed]"
 SHORTEST_SECRET = 6
 """Shorter values of secret variables are not looked for: they would tear holes into ordinary words."""
 
-_SECRET_PART = re.compile(r"secret|passw|passphrase|credential|apikey|accesskey|webhook", re.I)
+_SECRET_PART = re.compile(
+    r"secret|passw|passphrase|credential|authorization|webhook|apikey|accesskey|(?:auth|access|session)_?tokens?"
+    r"|_(?:pwd|pw|creds?|sas)\b",
+    re.I,
+)
 _SECRET_WORD = re.compile(r"(?<![a-z])(?:key|token|auth|jwt|pass|pat|dsn|cookie|signature)(?![a-z])", re.I)
-_URL = re.compile(r"\b([a-z][a-z0-9+.-]*)://[^\s'\"<>]+", re.I)
+_URL = re.compile(r"\b([a-z][a-z0-9+.-]*)://[^\s\"<>]+", re.I)
 _OPTION = re.compile(r"--?[\w.-]+\Z")
 _ASSIGNMENT = re.compile(r"\A(-{0,2}[\w.-]+)=(.+)\Z", re.S)
 _TOKEN = re.compile(
@@ -23,13 +29,15 @@ _TOKEN = re.compile(
     r"hf_\w{20,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|xox[abeoprs]-[\w-]{10,}|sk-[\w-]{16,}"
     r"|(?:AKIA|ASIA)[0-9A-Z]{16}|AIza[\w-]{30,}|ya29\.[\w-]{20,}|wandb_v\d_\w{20,}|local-[0-9a-f]{40}"
     r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*"
-    r")|\bBearer\s+\S+|\bBasic\s+[A-Za-z0-9+/]{8,}=*"
+    r")|\bBearer\s+\S+|\bBasic\s+[A-Za-z0-9+/]{8,}=*|(?<=Authorization: )(?:token|key)\s+\S+"
+    r"|\b(?:AccountKey|SharedAccessKey)=[^\s;]+"
 )
 
 
 def is_secret_name(name: str) -> bool:
     """Whether a variable or an option of this name holds a secret: `HF_TOKEN` does, `packing.tokens` does not."""
-    return _SECRET_PART.search(name) is not None or _SECRET_WORD.search(name) is not None
+    apart = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)  # accessToken, as access_token
+    return _SECRET_PART.search(apart) is not None or _SECRET_WORD.search(apart) is not None
 
 
 def without_secrets(value: Any, environment: Mapping[str, str] | None = None) -> Any:
@@ -48,7 +56,7 @@ def arguments_without_secrets(arguments: list[str], environment: Mapping[str, st
     result: list[str] = []
     for argument, before in zip(arguments, ["", *arguments], strict=False):
         assigned = _ASSIGNMENT.match(argument)
-        if _OPTION.match(before) and is_secret_name(before) and not _OPTION.match(argument):
+        if _OPTION.match(before) and is_secret_name(before) and not argument.startswith("--"):
             result.append(REMOVED)
         elif assigned and is_secret_name(assigned[1]):
             result.append(f"{assigned[1]}={REMOVED}")
@@ -79,11 +87,6 @@ def _cleaned(value: Any, known: list[str]) -> Any:
 def _without_credentials(url: str) -> str:
     """Returns a URL without user, password, query and fragment; by text, since a secret may make a URL that none is."""
     scheme, _, rest = url.partition("://")
-    rest = re.split(r"[?#]", rest, maxsplit=1)[0]
-    place, slash, path = rest.partition("/")
-    if "@" in path:  # a password with a slash in it
-        place, slash, path = rest.rpartition("@")[2], "", ""
-    host = place.rpartition("@")[2]
-    hidden = f"{REMOVED}@" if host != place or "@" in rest else ""
-    query = f"?{REMOVED}" if url[len(scheme) + 3 + len(rest) :] else ""
-    return f"{scheme}://{hidden}{host}{slash}{path}{query}"
+    _, credentials, rest = rest.rpartition("@")
+    path, *query = re.split(r"[?#]", rest, maxsplit=1)
+    return f"{scheme}://{REMOVED + '@' if credentials else ''}{path}{'?' + REMOVED if query else ''}"

@@ -23,6 +23,7 @@ from pretrain.engine.environment import describe_attempt, describe_rank, note_at
 from pretrain.engine.failures import means_full_disk
 from pretrain.engine.ownership import RunLock
 from pretrain.engine.preemption import StoppingConfig, StopRequests
+from pretrain.engine.profiling import PROFILE
 from pretrain.engine.tracking import METRICS, Tracker, TrackingMode, cut_back
 from pretrain.engine.versions import installed_versions
 from pretrain.engine.watchdog import Watchdog
@@ -35,6 +36,8 @@ CHECKPOINTS = "checkpoints"
 SKIPPED = "skipped.jsonl"
 KEYS = "keys.jsonl"
 SUMMARY = "summary.json"
+WRITTEN_TO = ("encoder", "model", "pictures", PROFILE, "wandb")
+"""Folders in which an attempt that was killed may have left files half written."""
 
 
 @dataclasses.dataclass
@@ -272,9 +275,7 @@ def _claim(folder: Path) -> RunLock:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = RunLock(folder)
-        for leftover in (
-            path for part in (".", "encoder", "model", "pictures") for path in folder.glob(f"{part}/*.tmp-*")
-        ):
+        for leftover in (path for part in (".", *WRITTEN_TO) for path in folder.glob(f"{part}/*.tmp-*")):
             leftover.unlink()
         return lock
     except OSError as error:

@@ -5,7 +5,7 @@ its part of the checkpoint. That it has done so, or failed, travels with the fig
 step anyway; once all ranks have, all commit the checkpoint between two steps. Then a thread of rank 0 writes the
 export, whose weights were copied in the step that the checkpoint is of: an export never holds what no checkpoint does.
 
-At most one save is in flight. The next one waits for it, and so does every end of the run that all ranks know of. The
+At most one save is in flight. The next one waits for it, and so does the end of a run by a signal or by a rule. The
 last checkpoint of a run, and that of one which is told to stop, are written at once.
 """
 
@@ -75,16 +75,25 @@ class Saving:
             StoppedByRule: Another job has taken over the run.
             TubeletError: A rank failed to write this checkpoint, or the one in flight.
         """
-        self.finish()
         if at_once or not self.checkpoints.config.background:
-            self.checkpoints.save(step, model, optimizer, state)
+            self._exported = None  # a newer one follows
+            was_in_flight, self._in_flight = self._in_flight, False
+            self.checkpoints.save(step, model, optimizer, state)  # after the one in flight
+            if was_in_flight:
+                self._finish_export()
             if self.export:
                 write_export(self.processes, self.export(model))
             return
+        self.finish()
         exported = self.export(model) if self.export else None
         copied = self.checkpoints.begin(step, model, optimizer, state, exported.weights if exported else None)
         self._in_flight = True
         self._exported = exported._replace(weights=copied) if exported else None
+
+    @property
+    def awaits_commit(self) -> bool:
+        """Whether a checkpoint is in flight; alike on all ranks."""
+        return self.checkpoints.is_in_flight
 
     @property
     def is_written(self) -> bool:
@@ -94,7 +103,11 @@ class Saving:
     def commit(self) -> None:
         """Commits the checkpoint in flight and begins to write its export; every rank calls it; raises as `save`."""
         exported, self._exported = self._exported, None
-        self.checkpoints.finish()
+        try:
+            self.checkpoints.finish()
+        except Exception:
+            self._in_flight = False  # on all ranks, though not all of them raise the same
+            raise
         if exported:
             self._exporting = self._writer.submit(exported.write, exported.weights)
 
@@ -104,6 +117,9 @@ class Saving:
             return
         self._in_flight = False
         self.commit()
+        self._finish_export()
+
+    def _finish_export(self) -> None:
         exporting, self._exporting = self._exporting, None
         self.processes.on_main_only(lambda: exporting.result() if exporting else None)
 
@@ -112,7 +128,7 @@ class Saving:
         try:
             self.finish()
         except Exception as error:
-            logger.warning("the last save was lost: %s", error)
+            logger.warning("the last save, or its export, may be lost: %s", error)
 
     @contextlib.contextmanager
     def finished_at_the_end(self) -> Iterator[None]:
@@ -120,7 +136,8 @@ class Saving:
         try:
             yield
         except Exception as error:
-            if self.processes.world == 1 or isinstance(error, StoppedByRule):
+            met_by_all = isinstance(error, StoppedByRule) and error.told  # not by the one rank that lacks a sample
+            if self.processes.world == 1 or met_by_all:
                 self.finish_before_the_end()
             raise
 

@@ -245,7 +245,8 @@ class Trainer:
         self._end_if_failed(failed)
         self._stop_if_not_finite(record, loss)
         self._cause = self._cause or first_cause(stops)
-        if written.all():
+        if written.all() and self.saving.awaits_commit:
+            self.watchdog.expect("the checkpoint in flight", slow=True)
             self.saving.commit()
         self.samples_read += self.plan.samples_per_step
         self.samples_padded += int(padded.sum())

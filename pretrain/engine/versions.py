@@ -8,14 +8,16 @@ from pathlib import Path
 
 LIBRARIES = (
     *("tubelet", "torch", "torchvision", "timm", "accelerate", "deepspeed", "transformers"),
-    *("numpy", "safetensors", "webdataset", "decord2", "torchcodec", "av", "wandb"),
+    *("numpy", "safetensors", "webdataset", "decord2", "av"),
 )
+"""Those that have to be the same on all nodes."""
+OTHERS = ("torchcodec", "wandb")
 HOUSE = ("pretrain", "finetune", "launch")
 
 
 def installed_versions() -> dict[str, str]:
     """Returns the versions of Python and of those libraries that are installed, by their names."""
-    versions = {name: version_of(name) for name in LIBRARIES}
+    versions = {name: version_of(name) for name in (*LIBRARIES, *OTHERS)}
     return {"Python": platform.python_version()} | {name: version for name, version in versions.items() if version}
 
 

@@ -6,10 +6,13 @@ run. So the next attempt cuts such a file after its last whole record; what is l
 The file is seven bytes and then the log format of LevelDB: records in parts that do not cross blocks of 32 KiB.
 """
 
+import logging
 import os
 import shutil
 import struct
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 HEADER_BYTES = 7
 BLOCK_BYTES = 32 * 1024
@@ -31,11 +34,14 @@ def mend_folders(wandb: Path, run_id: str, own: Path) -> None:
     for path in wandb.glob(f"*run-*-{run_id}/*.wandb"):
         if path.parent.resolve() == own.resolve():
             continue
-        records, end_bytes = whole_records(path.read_bytes())
-        if records < FEWEST_RECORDS:
-            shutil.rmtree(path.parent)
-        elif end_bytes < path.stat().st_size:
-            os.truncate(path, end_bytes)
+        try:
+            records, end_bytes = whole_records(path.read_bytes())
+            if records < FEWEST_RECORDS:
+                shutil.rmtree(path.parent)
+            elif end_bytes < path.stat().st_size:
+                os.truncate(path, end_bytes)
+        except OSError as error:
+            logger.warning("%s cannot be mended (%s); wandb sync may stop at it", path, error)
 
 
 def whole_records(content: bytes) -> tuple[int, int]:

@@ -17,6 +17,10 @@ VARIABLES = {
     ("text", "expected"),
     [
         ("https://me:p@ss/word@host.org:80/a/b", "https://[removed]@host.org:80/a/b"),
+        ("https://me:pa?ss@host.org/a", "https://[removed]@host.org/a"),
+        ("https://me:pa'ss@host.org/a", "https://[removed]@host.org/a"),
+        ("curl -H Authorization: token abcdef", "curl -H Authorization: [removed]"),
+        ("AccountName=me;AccountKey=abc==;x", "AccountName=me;[removed];x"),
         ("https://me:pass@host.org/a/b", "https://[removed]@host.org/a/b"),
         ("s3://AKIAIOSFODNN7EXAMPLE:wJalr/XUtn@bucket/a", "s3://[removed]@bucket/a"),
         ("https://host.org/a?X-Amz-Signature=0badcafe#part", "https://host.org/a?[removed]"),
@@ -60,12 +64,25 @@ def test_secrets_are_found_in_whatever_holds_texts():
 
 def test_a_command_line_loses_the_values_of_secret_options_and_no_others():
     command = ["python", "-m", "pretrain", "--log_keys", "true", "--data.packing.tokens", "1024", "--steps=3"]
-    secret = ["--api-key", "abc", "--token=abc", "HF_TOKEN=abc", "--password", "--resume", "auto"]
+    secret = ["--api-key", "abc", "--token=abc", "HF_TOKEN=abc", "--password", "--resume", "auto", "--pass", "-abc"]
     cleaned = ["--api-key", "[removed]", "--token=[removed]", "HF_TOKEN=[removed]", "--password", "--resume", "auto"]
+    cleaned += ["--pass", "[removed]"]
     assert arguments_without_secrets(command + secret, VARIABLES) == command + cleaned
 
 
-@pytest.mark.parametrize("name", ["WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD", "SLURM_JWT"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "WANDB_API_KEY",
+        "HF_TOKEN",
+        "AWS_SECRET_ACCESS_KEY",
+        "PGPASSWORD",
+        "SLURM_JWT",
+        "accessToken",
+        "AUTHTOKEN",
+        "TUBELET_PWD",
+    ],
+)
 def test_variables_with_secrets_are_known_by_their_names(name):
     assert is_secret_name(name)
 

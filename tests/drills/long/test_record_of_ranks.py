@@ -21,7 +21,7 @@ def slowly(rank):
 
 with Processes() as processes:
     rank = processes.rank
-    ballast = torch.ones(rank * 300 * 2**18)  # 300 MiB of rank 1
+    ballast = torch.ones(rank * 1000 * 2**18)  # 1000 MiB of rank 1, far more than what rank 0 alone does takes
     Path(f"rank-{rank}").mkdir()
     loss = lambda model, batch: rank + 1 + 0 * model(batch.clips).sum()
     trainer_of(Path(f"rank-{rank}"), processes, loss, checkpoint_every=0).train(slowly(rank), "test")
@@ -47,4 +47,4 @@ def test_the_record_holds_the_mean_over_ranks_and_the_worst_rank_where_that_one_
         assert entry["loss"] == 1.5
         assert entry["data_wait_max_s"] >= 0.8
         assert 0.5 <= entry["data_wait_s"] <= entry["data_wait_max_s"] - 0.2
-        assert less + 0.2 < entry["memory_gib"] <= more
+        assert less + 0.5 < entry["memory_gib"] <= more

@@ -228,7 +228,8 @@ def test_an_unreachable_server_means_an_offline_run_with_one_warning_in_bounded_
     )
     assert time.monotonic() - started < END_WITHIN_S + 15
     assert (done.returncode, done.stdout) == (0, "")
-    [warning] = done.stderr.splitlines()
+    waiting, warning = done.stderr.splitlines()
+    assert waiting.startswith("INFO waiting for W&B")
     assert warning.startswith("WARNING W&B cannot be reached")
     assert "wandb sync run/wandb/offline-run-*-" in warning
     assert [(row["step"], row["loss"]) for row in wandb_history(tmp_path / "run")] == [(1, 0.5)]
