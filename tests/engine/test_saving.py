@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pretrain.commandline import find_recipe
+from pretrain.data.loader import NoSubstitute
 from pretrain.engine.checkpoint import CheckpointConfig, Checkpoints, engine_kind, find_checkpoint, step_folders
 from pretrain.engine.distributed import Processes
 from pretrain.engine.ownership import RunLock
@@ -195,6 +196,28 @@ def test_a_failed_save_does_not_hide_why_the_run_ends(held, caplog):
     with pytest.raises(StoppedByRule, match="a loss"), held.saving.finished_at_the_end():
         raise StoppedByRule("a loss")
     assert "the last save, or its export, may be lost: " in caplog.text
+
+
+def test_a_rank_that_alone_has_to_end_waits_for_no_other(held, monkeypatch):
+    held.begin(1)
+    held.go_on.set()
+    monkeypatch.setattr(held.processes, "world", 2)
+    with pytest.raises(NoSubstitute), held.saving.finished_at_the_end():
+        raise NoSubstitute("a sample of this rank")
+    monkeypatch.undo()
+    assert held.saving.awaits_commit
+
+
+def test_after_a_commit_that_failed_nothing_is_in_flight_to_wait_for(held):
+    held.begin(1)
+    (held.checkpoints.folder / "step-00000001.tmp-1" / "optimizer.pt").mkdir()
+    held.go_on.set()
+    with pytest.raises(TubeletError):
+        held.saving.commit()
+    assert not held.saving.awaits_commit
+    held.processes.world, world = 2, held.processes.world  # of two ranks this one would wait alone
+    held.saving.finish()
+    held.processes.world = world
 
 
 def test_a_checkpoint_written_beside_training_is_one_to_go_on_from(held):
