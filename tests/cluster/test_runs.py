@@ -121,5 +121,5 @@ def test_a_run_goes_on_by_itself_to_the_same_weights_after(submit, recipe, undis
         assert "exit code 75; requeueing" in job.text
     if disturb is stop_rank_1:
         assert "trainer.py" in (out / "stacks" / "rank-0.txt").read_text()
-    # An attempt leaves no folder where W&B's own process was killed, or ended by SLURM's TERM, before it wrote anything.
+    # An attempt leaves no folder where W&B's own process was killed, or ended by SLURM's TERM, before it wrote one.
     assert 1 <= assert_same_run(out, undisturbed(stage)) <= 1 + restarts
