@@ -179,10 +179,10 @@ def disk(patient: Patient) -> Finding | None:
 def shared_memory(patient: Patient) -> Finding:
     """Whether the loader's batches find room in shared memory, of which containers often have little."""
     data, clip = patient.config.data, patient.config.data.clip
+    ranks = patient.processes.gather_objects(host_name()).count(host_name())
     if not data.workers or data.packing or not SHARED_MEMORY.is_dir():
         return Finding("not checked", "no batches of known size pass through it")
     clips = data.workers * PREFETCHED_BATCHES * data.micro_batch * data.repeats
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     needed = ranks * clips * clip.frames * clip.size**2 * 3
     free = shutil.disk_usage(SHARED_MEMORY).free
     text = f"{free / 2**30:.1f} GiB are free in {SHARED_MEMORY}, batches take up to {needed / 2**30:.2f} GiB"
@@ -202,7 +202,7 @@ def shards(patient: Patient) -> Finding:
     if not patient.has_data:
         return Finding("not checked", "give --data.shards SHARDS")
     processes, data = patient.processes, patient.config.data
-    error: TubeletError | None = None
+    error: Exception | None = None
     same, text = Same({}, SAME_DATA), ""
     try:
         patient.sets = open_sets(data)
@@ -217,7 +217,7 @@ def shards(patient: Patient) -> Finding:
         read = [read_one_sample(one, data.decoder, processes.rank, processes.world) for one in opened]
         same = Same(fingerprints("data.shards, validation.shards", *opened), SAME_DATA)
         text = f"{describe_sets(opened)}; {read[0]}"
-    except TubeletError as raised:
+    except Exception as raised:  # whatever it is, the others must not wait for this rank
         error = raised
     gathered = processes.gather_objects((host_name(), None if error else same))
     if error:

@@ -161,6 +161,8 @@ def read_run(question: Question) -> tuple[RunConfig, Stage]:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, shards=NO_SHARDS))
     elif question.samples is not None:
         raise Refused("--samples: the shards tell how many there are; leave it out, or leave out data.shards")
+    if question.classes is not None and (stage != "finetune" or config.data.shards != NO_SHARDS):
+        raise Refused("--classes: is for finetuning without data.shards, which tell how many there are; leave it out")
     config.validate()
     return config, "finetune" if isinstance(config, FinetuneConfig) else "pretrain"
 

@@ -14,7 +14,9 @@ import yaml
 from launch.trained_model import TrainedModel
 from pretrain.commandline import to_dict
 from pretrain.config import RunConfig
+from pretrain.engine.compiler import refuse_without_compiler
 from pretrain.engine.distributed import Processes
+from pretrain.engine.environment import ENVIRONMENT
 from pretrain.engine.feeding import on_device
 from pretrain.engine.optimizer import build_optimizer
 from pretrain.engine.run import SUMMARY
@@ -73,6 +75,12 @@ def of_run(folder: Path, config: RunConfig, trained: TrainedModel) -> Throughput
             f"--throughput"
         ) from None
     _refuse_other_work(folder, before, config, trained)
+    worlds = _worlds_of(folder)
+    if len(worlds) > 1:
+        raise Refused(
+            f"--from: {folder} ran in {' and '.join(map(str, sorted(worlds)))} processes by turns, so nobody knows how "
+            f"fast one is; take another run, or give --throughput"
+        )
     now = to_dict(config)
     changed = [
         f"{name} {_value(before, name)} there, {_value(now, name)} here"
@@ -87,12 +95,31 @@ def of_run(folder: Path, config: RunConfig, trained: TrainedModel) -> Throughput
     return Throughput(speed / world, source)
 
 
+def _worlds_of(folder: Path) -> set[int]:
+    """Returns in how many processes the attempts of a run ran, as far as the run tells."""
+    path = folder / ENVIRONMENT
+    return {json.loads(line)["world"] for line in path.read_text().splitlines()} if path.exists() else set()
+
+
 def measured(config: RunConfig, trained: TrainedModel) -> Throughput:
     """Times training steps of one micro-batch on this machine, without DeepSpeed, without reading any data.
 
     Raises:
-        Refused: The device cannot compute in the configured precision.
+        Refused: The device cannot compute in the configured precision, a micro-batch does not fit, or there is no
+            compiler for a model that shall be compiled.
     """
+    if config.compile:
+        refuse_without_compiler()
+    try:
+        return _timed(config, trained)
+    except torch.OutOfMemoryError:
+        raise Refused(
+            f"--measure: data.micro_batch {config.data.micro_batch} does not fit in this GPU; lower it, or use "
+            f"--activation_checkpointing true"
+        ) from None
+
+
+def _timed(config: RunConfig, trained: TrainedModel) -> Throughput:
     with Processes(config.precision, 1, config.data.micro_batch, config.optimizer.clip_grad) as processes:
         model = trained.build()
         if config.activation_checkpointing:
