@@ -161,10 +161,11 @@ def read_run(question: Question) -> tuple[RunConfig, Stage]:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, shards=NO_SHARDS))
     elif question.samples is not None:
         raise Refused("--samples: the shards tell how many there are; leave it out, or leave out data.shards")
-    if question.classes is not None and (stage != "finetune" or config.data.shards != NO_SHARDS):
+    of_finetuning = isinstance(config, FinetuneConfig)
+    if question.classes is not None and not (of_finetuning and config.data.shards == NO_SHARDS):
         raise Refused("--classes: is for finetuning without data.shards, which tell how many there are; leave it out")
     config.validate()
-    return config, "finetune" if isinstance(config, FinetuneConfig) else "pretrain"
+    return config, "finetune" if of_finetuning else "pretrain"
 
 
 def length_of(config: RunConfig, samples: int | None) -> dict[str, Any]:

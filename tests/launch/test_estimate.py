@@ -170,6 +170,7 @@ def test_figures_are_written_as_people_say_them():
         (["--encoder.widht", "9"], "encoder.widht: there is no such field; did you mean encoder.width?"),
         (["--mask.ratio", "1"], "mask.ratio: 1.0 must lie between 0 and 1"),
         (["--config", "k400_b"], "encoder: is missing; give a pretraining run, or an architecture"),
+        (["--config", "demo", "--classes", "5"], "--classes: is for finetuning without data.shards"),
         (["--config", "demo_scratch"], "--classes: is missing; give the number of classes, or data.shards"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
