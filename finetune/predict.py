@@ -1,28 +1,38 @@
 """Prediction: the most probable classes of video files, in any format that FFmpeg reads.
 
 A file goes the way of the training videos: transcoded as packing does, decoded, cut into views.
+
+    model = finetune.load("runs/b")
+    for prediction in model.predict(["clip.mp4", "videos/"]):
+        print(prediction.file, prediction.classes or prediction.error)
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from finetune.classifier import ModelDescription, load
+from finetune.classifier import Classifier, ModelDescription, load
 from finetune.config import ViewsConfig
+from pretrain.data.pack_worker import VideoTask, transcode_task
 from pretrain.data.packed_views import packed_views_of
+from pretrain.data.pool import Died, WorkerPool, refuse_pool_options
 from pretrain.data.shards import Sample
-from pretrain.data.transcode import transcode
+from pretrain.data.sources import find_sources
+from pretrain.data.transcode import Transcoded, transcode
 from pretrain.data.video import DecoderName
 from pretrain.data.views import views_of
-from pretrain.errors import BadSample, StoppedByRule
+from pretrain.errors import BadSample, Refused, StoppedByRule, reason_of_failure
 from pretrain.model.packing import PackedTokens
 from pretrain.packing import visible_tokens
 
 TOP = 5
+VIEWS = ViewsConfig(temporal=3)
 GOP = 16
+STALL_S = 60.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,65 +50,193 @@ class Prediction:
     error: str | None = None
 
 
-def predict(
-    model_folder: str, files: list[str], views: ViewsConfig | None = None, decoder: DecoderName = "auto"
-) -> Iterator[Prediction]:
-    """Predicts the classes of video files, one after the other.
+@dataclasses.dataclass(frozen=True)
+class PredictionOptions:
+    """How videos are predicted."""
 
-    Args:
-        model_folder: Model folder or finetuning run.
-        files: Video files.
-        views: Views of each video; by default three time windows.
-        decoder: Who decodes the transcoded videos.
+    views: ViewsConfig = VIEWS
+    """Views of each video, whose logits are averaged."""
+    top: int = TOP
+    """Classes told of each video; no more than there are."""
+    decoder: DecoderName = "auto"
+    """Who decodes the transcoded videos."""
+    jobs: int = 0
+    """Processes that transcode ahead and outlive videos that crash or stall them; 0 transcodes in this one."""
+    stall_s: float = STALL_S
+    """Seconds without progress after which such a process gives a video up."""
+    micro_batch: int = 1
+    """Videos that go through the model at once; packed clips go one video at a time."""
 
-    Yields:
-        The prediction for each file in turn; one for a file that cannot be read says so, and the next ones go on.
+    def validate(self) -> None:
+        """Raises `Refused` for numbers that cannot be."""
+        self.views.validate()
+        refuse_pool_options(self.jobs, self.stall_s)
+        for name in ("top", "micro_batch"):
+            if getattr(self, name) < 1:
+                raise Refused(f"{name}: {getattr(self, name)} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictor:
+    """A classifier with all that it needs to read video files.
+
+    Attributes:
+        model: The classifier, in evaluation mode; it takes clips `(B, T, H, W, 3)` uint8 and returns logits.
+        description: What it is.
+        name: Where it was loaded from.
+    """
+
+    model: Classifier
+    description: ModelDescription
+    name: str
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of its classes, in the order of the logits."""
+        return self.description.classes
+
+    def predict(
+        self, paths: str | Path | Iterable[str | Path], options: PredictionOptions | None = None
+    ) -> Iterator[Prediction]:
+        """Predicts the classes of video files, in their order.
+
+        Args:
+            paths: A video file, or a folder whose videos are meant, at any depth; or several of them.
+            options: How; by default three time windows, in this process.
+
+        Yields:
+            The prediction of each file in turn; that of a file that cannot be read says so, and the next ones go on.
+
+        Raises:
+            Refused: A folder holds no video, or an option cannot be.
+            StoppedByRule: The model returns logits that are not finite.
+        """
+        options = options or PredictionOptions()
+        options.validate()
+        if self.description.packing:
+            options.views.refuse_crops(f"{self.name} was trained on packed clips, of which each")
+            options = dataclasses.replace(options, micro_batch=1)
+        yield from self._predicted(video_files([paths] if isinstance(paths, str | Path) else paths), options)
+
+    def _predicted(self, files: list[str], options: PredictionOptions) -> Iterator[Prediction]:
+        waiting: list[tuple[str, Tensor | PackedTokens | str]] = []
+        with contextlib.closing(stored_videos(files, self.description, options)) as stored:
+            for file, video in zip(files, stored, strict=True):
+                waiting.append((file, self._clips_or_reason(video, options)))
+                if len(waiting) == options.micro_batch:
+                    yield from self._named(waiting, options)
+                    waiting = []
+            yield from self._named(waiting, options)
+
+    def _clips_or_reason(self, video: Transcoded | str, options: PredictionOptions) -> Tensor | PackedTokens | str:
+        if isinstance(video, str):
+            return video
+        try:
+            return clips_of(video, self.description, options.views, options.decoder)
+        except BadSample as error:
+            return undecodable(str(error))
+
+    def _named(
+        self, group: list[tuple[str, Tensor | PackedTokens | str]], options: PredictionOptions
+    ) -> Iterator[Prediction]:
+        """Returns the predictions of files with their clips, or with the reason why they have none."""
+        logits = iter(self._logits([clips for _, clips in group if not isinstance(clips, str)]))
+        for file, clips in group:
+            if isinstance(clips, str):
+                yield Prediction(file, [], clips)
+                continue
+            scores = next(logits)
+            if not scores.isfinite().all():
+                raise StoppedByRule(f"{file}: the logits of {self.name} are not finite; finetune again")
+            best = scores.softmax(0).topk(min(options.top, len(self.classes)))
+            names = [self.classes[number] for number in best.indices.tolist()]
+            yield Prediction(file, list(zip(names, best.values.tolist(), strict=True)))
+
+    @torch.no_grad()
+    def _logits(self, clips: list[Tensor | PackedTokens]) -> list[Tensor]:
+        """Returns for each video `(classes,)`, the mean over its views."""
+        if not clips:
+            return []
+        device = next(self.model.parameters()).device
+        if isinstance(clips[0], PackedTokens):
+            alone = (self.model(PackedTokens(*(part.to(device) for part in one))) for one in clips)
+            return [logits.float().mean(0).flatten().cpu() for logits in alone]
+        together = torch.cat([one for one in clips if isinstance(one, Tensor)])
+        return list(self.model(together.to(device)).float().unflatten(0, (len(clips), -1)).mean(1).cpu())
+
+
+def load_predictor(folder: str | Path) -> Predictor:
+    """Loads a model folder, or the model of a finetuning run, onto the GPU where there is one.
 
     Raises:
-        Refused: The model cannot be read.
-        StoppedByRule: The model returns logits that are not finite.
+        Refused: The folder holds no classifier, or one that is damaged.
     """
-    model, description = load(model_folder)
-    views = views or ViewsConfig(temporal=3)
-    if description.packing:
-        views.refuse_crops(f"{model_folder} was trained on packed clips, of which each")
-    for file in files:
-        try:
-            with torch.no_grad():
-                logits = model(clips_of(file, description, views, decoder)).float().mean(0).flatten()
-        except BadSample as error:
-            yield Prediction(file, [], str(error))
-            continue
-        if not logits.isfinite().all():
-            raise StoppedByRule(f"{file}: the logits of {model_folder} are not finite; finetune again")
-        best = logits.softmax(0).topk(min(TOP, len(description.classes)))
-        names = [description.classes[number] for number in best.indices.tolist()]
-        yield Prediction(file, list(zip(names, best.values.tolist(), strict=True)))
+    model, description = load(folder)
+    return Predictor(model.to("cuda" if torch.cuda.is_available() else "cpu"), description, str(folder))
+
+
+def video_files(paths: Iterable[str | Path]) -> list[str]:
+    """Returns files as they are named, and in place of each folder its videos, sorted.
+
+    Raises:
+        Refused: A folder holds neither videos nor images.
+    """
+    found: list[str] = []
+    for path in paths:
+        if Path(path).is_dir():
+            found += [str(Path(path) / source.path) for source in find_sources(path, unlabelled=True).videos]
+        else:
+            found.append(str(path))
+    return found
+
+
+def stored_videos(
+    files: list[str], description: ModelDescription, options: PredictionOptions
+) -> Iterator[Transcoded | str]:
+    """Yields each file in the form that shards store, or the reason why it has none, with the remedy."""
+    tasks = (
+        VideoTask(Path(file), description.short_side, GOP, description.frame_rate, options.stall_s) for file in files
+    )
+    if not options.jobs:
+        yield from map(_transcoded_here, tasks)
+        return
+    died = f"crashes its decoder, or makes no progress for {options.stall_s:g} s"
+    with WorkerPool(transcode_task, min(options.jobs, len(files))) as pool:
+        for file, result in zip(files, pool.map(tasks), strict=True):
+            video = died if isinstance(result, Died) else result
+            yield video if isinstance(video, Transcoded) else _reason(Path(file), video)
+
+
+def _transcoded_here(task: VideoTask) -> Transcoded | str:
+    try:
+        return transcode(task.path, short_side=task.short_side, gop=task.gop, frame_rate=task.frame_rate)
+    except Exception as error:  # whatever a library throws at a strange file, as in packing
+        return _reason(task.path, reason_of_failure(error))
+
+
+def _reason(path: Path, why: str) -> str:
+    return undecodable(why) if path.is_file() else "no such file; give video files or their folder"
+
+
+def undecodable(why: str) -> str:
+    """Returns what is said of a file that is there and has no classes."""
+    return f"cannot be decoded ({why}); give a video that plays"
 
 
 def clips_of(
-    file: str, description: ModelDescription, views: ViewsConfig, decoder: DecoderName = "auto"
+    stored: Transcoded, description: ModelDescription, views: ViewsConfig, decoder: DecoderName = "auto"
 ) -> Tensor | PackedTokens:
-    """Returns the views of a video file, upright, whichever decoder reads them.
+    """Returns the views of a transcoded video, upright, whichever decoder reads them.
 
     Returns:
         `(views, T, H, W, C)`, or for a model of packed clips a sequence for each view.
 
     Raises:
-        BadSample: It has none; the message says why, with the remedy.
+        BadSample: It has none; the message is the reason alone.
     """
-    if not Path(file).is_file():
-        raise BadSample("no such file; give video files")
-    try:
-        stored = transcode(file, short_side=description.short_side, gop=GOP, frame_rate=description.frame_rate)
-        if description.packed:
-            sizing = description.packed.sizing
-            grid = sizing.grid(stored.frames, stored.frame_rate, stored.height, stored.width)
-            views_packed = packed_views_of(
-                stored.video, grid, stored.frame_rate, description.packed, views.temporal, decoder
-            )
-            return visible_tokens(views_packed)
-        sample = Sample(Path(file).stem, stored.video, None, stored.frames, stored.frame_rate, {})
-        return views_of(sample, description.clip, views.temporal, views.spatial, decoder)
-    except BadSample as error:
-        raise BadSample(f"cannot be decoded ({error}); give a video that plays") from None
+    if description.packed:
+        grid = description.packed.sizing.grid(stored.frames, stored.frame_rate, stored.height, stored.width)
+        packed = packed_views_of(stored.video, grid, stored.frame_rate, description.packed, views.temporal, decoder)
+        return visible_tokens(packed)
+    sample = Sample("", stored.video, None, stored.frames, stored.frame_rate, {})
+    return views_of(sample, description.clip, views.temporal, views.spatial, decoder)

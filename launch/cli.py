@@ -25,11 +25,12 @@ USAGE = """tubelet COMMAND ...
   pretrain            train an encoder on shards, without labels
   finetune            train a classifier on labelled shards, from an encoder or from scratch
   evaluate            measure a classifier on labelled shards
-  predict             name the five most probable classes of video files
+  predict             name the most probable classes of video files and folders, as text or JSON
   doctor              check before a run starts, on this machine or on all nodes of a job, that it can
   launch              start pretrain or finetune on all GPUs of this machine, or submit them or pack to SLURM
   estimate            tell what a run would take: parameters, steps, memory of each GPU, checkpoints, GPU-hours
   convert SOURCE OUT  make weights of VideoMAE, ViViT, X-CLIP, ViT or MAE a model to start from, or ours theirs
+  export MODEL OUT    write a classifier as one file of torch.export, which runs without Tubelet
   order               list the clips that each step of a run reads, without decoding any
   demo                all of it in minutes, on videos that it makes itself
 
@@ -56,6 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         "launch": _launch,
         "estimate": _estimate,
         "convert": _convert,
+        "export": _export,
         "order": _order,
         "demo": _demo,
     }
@@ -165,26 +167,45 @@ def _evaluate(arguments: list[str]) -> int:
 
 
 def _predict(arguments: list[str]) -> int:
-    from pretrain.commandline import run_command
+    from pretrain.commandline import run_command, with_underscores
     from pretrain.data.video import DecoderName
 
-    parser = ArgumentParser(prog="tubelet predict", allow_abbrev=False)
-    parser.add_argument("files", nargs="+", metavar="FILE", help="video files")
+    parser = ArgumentParser(
+        prog="tubelet predict",
+        allow_abbrev=False,
+        description="Names the most probable classes of video files. A file that cannot be read is named, the others "
+        "are predicted all the same, and the exit code is 1.",
+    )
+    parser.add_argument("paths", nargs="+", metavar="FILE", help="video files, or folders of them at any depth")
     parser.add_argument("--model", required=True, help="model folder or finetuning run")
+    parser.add_argument("--top", type=int, default=5, metavar="K", help="classes of each video (5)")
+    parser.add_argument("--temporal", type=int, default=3, metavar="N", help="time windows of each video (3)")
+    parser.add_argument("--spatial", type=int, default=1, metavar="N", help="crops of each time window (1)")
+    parser.add_argument("--json", action="store_true", help="print a JSON object for each video, on a line of its own")
     parser.add_argument("--decoder", default="auto", choices=get_args(DecoderName), help="who decodes")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes that read videos ahead (2)")
+    parser.add_argument("--stall_s", type=float, default=60, metavar="S", help="give a video up after this long (60)")
+    parser.add_argument("--micro_batch", type=int, default=4, metavar="N", help="videos in the model at once (4)")
     predicted: list[bool] = []
 
     def command() -> None:
-        parsed = parser.parse_args(arguments)
-        from finetune.predict import predict
+        options = vars(parser.parse_args(with_underscores(arguments)))
+        from finetune.config import ViewsConfig
+        from finetune.predict import PredictionOptions, load_predictor
 
-        for prediction in predict(parsed.model, parsed.files, decoder=parsed.decoder):
+        paths, as_json = options.pop("paths"), options.pop("json")
+        model = load_predictor(options.pop("model"))
+        views = ViewsConfig(options.pop("temporal"), options.pop("spatial"))
+        for prediction in model.predict(paths, PredictionOptions(views, **options)):
             predicted.append(prediction.error is None)
             if prediction.error:
                 print(f"tubelet: {prediction.file}: {' '.join(prediction.error.split())}", file=sys.stderr)
-                continue
-            shares = [f"\n  {100 * probability:5.1f} %  {name}" for name, probability in prediction.classes]
-            print(prediction.file + "".join(shares), flush=True)
+            if as_json:
+                classes = [{"name": name, "probability": share} for name, share in prediction.classes]
+                print(json.dumps({"file": prediction.file, "classes": classes, "error": prediction.error}), flush=True)
+            elif not prediction.error:
+                shares = [f"\n  {100 * probability:5.1f} %  {name}" for name, probability in prediction.classes]
+                print(prediction.file + "".join(shares), flush=True)
 
     code = run_command(command)
     if code or all(predicted):
@@ -241,6 +262,20 @@ def _convert(arguments: list[str]) -> int:
 
         alone = {"source": "SOURCE", "out": "OUT"}
         convert(parse_plain(ConvertConfig, "convert", named(arguments, alone), alone))
+
+    set_up_logging()
+    return run_command(command)
+
+
+def _export(arguments: list[str]) -> int:
+    from pretrain.commandline import parse_plain, run_command
+    from pretrain.engine.progress import set_up_logging
+
+    def command() -> None:
+        from finetune.export import ExportConfig, export
+
+        alone = {"model": "MODEL", "out": "OUT"}
+        export(parse_plain(ExportConfig, "export", named(arguments, alone), alone))
 
     set_up_logging()
     return run_command(command)

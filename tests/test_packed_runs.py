@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import finetune
 from finetune.classifier import Classifier, load
-from finetune.predict import predict
 from launch.cli import main
 from pretrain.data.clips import ClipConfig
 from pretrain.data.config import DataConfig
@@ -121,7 +121,7 @@ def test_a_packed_classifier_learns_is_evaluated_clip_by_clip_and_predicts(finet
     command = ["evaluate", "--model", str(finetuned), "--shards", str(sized_shards), "--workers", "0"]
     assert main([*command, "--out", str(tmp_path / "evaluation")]) == 0
     files = [make_video(tmp_path / f"{name}.mp4", frames=name, height=40, width=60) for name in (1, 20)]
-    for prediction in predict(str(finetuned), [str(file) for file in files]):
+    for prediction in finetune.load(finetuned).predict([str(file) for file in files]):
         assert prediction.error is None
         assert sum(probability for _, probability in prediction.classes) == pytest.approx(1)
 

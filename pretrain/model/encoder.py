@@ -276,7 +276,7 @@ class Encoder(nn.Module):
     def coordinates(self, clips: Tensor, visible: Tensor | None) -> Tensor:
         """Returns slot, row and column `(B, Nv, 3)` of the tokens that `embed` returns."""
         if visible is None:
-            visible = torch.arange(self.grid.tokens, device=clips.device).expand(len(clips), -1)
+            visible = torch.arange(self.grid.tokens, device=clips.device).expand(clips.shape[0], -1)
         return coordinates_of(visible, self.grid)
 
     def turns(self, clips: Tensor, visible: Tensor | None, before: int = 0) -> Rotary | None:

@@ -36,7 +36,7 @@ class JointEncoder(Encoder):
         tokens = self.embed(clips, visible)
         class_tokens = 0 if self.class_token is None else 1
         if self.class_token is not None:
-            tokens = torch.cat([self.class_token.expand(len(tokens), -1, -1), tokens], 1)
+            tokens = torch.cat([self.class_token.expand(tokens.shape[0], -1, -1), tokens], 1)
         tokens = self.encode(tokens, rotary=self.turns(clips, visible, class_tokens))
         if not class_tokens:
             return Encoded(tokens)
@@ -71,7 +71,7 @@ class FactorisedEncoder(Encoder):
 
     def forward(self, clips: Tensor, visible: Tensor | None = None, visible_slots: int | None = None) -> Encoded:
         """See `Encoder.forward`."""
-        B, S = len(clips), visible_slots or self.grid.slots
+        B, S = clips.shape[0], visible_slots or self.grid.slots
         tokens = self.embed(clips, visible)
         coordinates = self.coordinates(clips, visible).unflatten(1, (S, -1))  # (B, S, n, 3)
         spatial = self.input_norm(tokens.reshape(B * S, -1, self.width))
@@ -121,7 +121,7 @@ class AxialEncoder(Encoder):
         tokens = self.embed(clips, visible)
         class_tokens = 0 if self.class_token is None else 1
         if self.class_token is not None:
-            tokens = torch.cat([self.class_token.expand(len(tokens), -1, -1), tokens], 1)
+            tokens = torch.cat([self.class_token.expand(tokens.shape[0], -1, -1), tokens], 1)
         rotary = self.turns(clips, visible, class_tokens)
         slots = visible_slots or self.grid.slots
         tokens = self.norm(self.blocks(self.input_norm(tokens), slots, class_tokens, rotary))
@@ -154,7 +154,7 @@ class CrossFrameEncoder(Encoder):
     def forward(self, clips: Tensor, visible: Tensor | None = None, visible_slots: int | None = None) -> Encoded:
         """See `Encoder.forward`."""
         assert self.class_token is not None, "the design has class tokens"
-        B, S = len(clips), visible_slots or self.grid.slots
+        B, S = clips.shape[0], visible_slots or self.grid.slots
         tokens = self.embed(clips, visible).reshape(B, S, -1, self.width)
         tokens = torch.cat([self.class_token.unsqueeze(0).expand(B, S, -1, -1), tokens], 2)  # (B, S, 1 + n, D)
         turns = None

@@ -1,5 +1,6 @@
-"""Prediction: five classes of each video file, and a file that does not play named while the others are predicted."""
+"""Prediction: classes of files and folders, and a file that does not play named while the others are predicted."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -9,10 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune.classifier import load
+import finetune
 from finetune.config import ViewsConfig
-from finetune.predict import clips_of, predict
+from finetune.predict import PredictionOptions, clips_of
 from launch.cli import main
+from pretrain.data.transcode import transcode
+from pretrain.data.video import DecoderName
+from pretrain.errors import Refused
 from tests.videos import make_video, moving_square, truncate
 
 
@@ -22,7 +26,7 @@ def test_the_most_probable_classes_are_printed_best_first(finetuned, tmp_path, c
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if not line.startswith(" ")] == videos
     assert len(lines) == 2 * (1 + 2)
-    for found in predict(str(finetuned), videos):
+    for found in finetune.load(finetuned).predict(videos):
         assert found.error is None
         shares = [share for _, share in found.classes]
         assert shares == sorted(shares, reverse=True)
@@ -70,21 +74,26 @@ def test_pyav_predicts_what_decord_predicts_and_never_asks_for_it(finetuned, tmp
 
 @pytest.mark.parametrize("rotation", [90, -90, 180])
 def test_a_turned_video_is_seen_upright_with_every_decoder(finetuned, tmp_path, rotation):
-    _, description = load(finetuned)
+    description = finetune.load(finetuned).description
     pictures = moving_square(24, 64, 64, seed=3)
     lying = np.ascontiguousarray(np.rot90(pictures, -rotation // 90, axes=(1, 2)))
     upright = str(make_video(tmp_path / "upright.mp4", pictures=pictures))
     turned = str(make_video(tmp_path / "turned.mp4", pictures=lying, rotation=rotation))
-    seen = [clips_of(turned, description, ViewsConfig(), decoder).float() for decoder in ("decord", "pyav", "auto")]
+
+    def seen_in(file: str, decoder: DecoderName = "auto") -> torch.Tensor:
+        stored = transcode(file, short_side=description.short_side)
+        return clips_of(stored, description, ViewsConfig(), decoder).float()
+
+    seen = [seen_in(turned, decoder) for decoder in ("decord", "pyav", "auto")]
     assert torch.equal(seen[0], seen[1])
     assert torch.equal(seen[0], seen[2])
-    expected = clips_of(upright, description, ViewsConfig()).float()
+    expected = seen_in(upright)
     assert (seen[0] - expected).abs().mean() < 4 < (seen[0] - expected.flip(2)).abs().mean()
 
 
 def test_a_file_is_predicted_before_the_next_one_is_read(finetuned, tmp_path):
     later = tmp_path / "later.mp4"
-    predictions = predict(str(finetuned), [str(make_video(tmp_path / "one.mp4")), str(later)])
+    predictions = finetune.load(finetuned).predict([str(make_video(tmp_path / "one.mp4")), str(later)])
     assert next(predictions).error is None
     make_video(later)
     assert next(predictions).error is None
@@ -108,3 +117,48 @@ def test_a_model_that_is_missing_is_refused(finetuned, tmp_path, capsys):
     (bare / "model.safetensors").unlink()
     assert main(["predict", video, "--model", str(bare)]) == 2
     assert f"{bare}: has no model.safetensors" in capsys.readouterr().err
+
+
+def test_a_folder_is_predicted_file_by_file_as_json_with_the_asked_number_of_classes(finetuned, tmp_path, capsys):
+    folder = tmp_path / "videos"
+    (folder / "inner").mkdir(parents=True)
+    videos = [str(make_video(folder / name)) for name in ("b.mp4", "inner/a.mkv.mp4", "c.mp4")]
+    broken = str(truncate(make_video(folder / "broken.mp4"), 0.3))
+    (folder / "notes.txt").write_text("no video")
+    assert main(["predict", str(folder), "--model", str(finetuned), "--json", "--top", "1"]) == 1
+    said = capsys.readouterr()
+    found = {one["file"]: one for one in map(json.loads, said.out.splitlines())}
+    assert set(found) == {*videos, broken}
+    assert all(len(found[video]["classes"]) == 1 and found[video]["error"] is None for video in videos)
+    assert found[broken]["classes"] == []
+    assert found[broken]["error"].startswith("cannot be decoded")
+    assert said.err.startswith(f"tubelet: {broken}: cannot be decoded")
+
+
+def test_several_videos_at_once_by_other_processes_are_predicted_as_one_after_the_other(finetuned, tmp_path):
+    videos = [str(make_video(tmp_path / f"{seed}.mp4", seed=seed)) for seed in range(5)]
+    videos.insert(2, str(truncate(make_video(tmp_path / "broken.mp4"), 0.3)))
+    model = finetune.load(finetuned)
+    alone = list(model.predict(videos))
+    together = list(model.predict(videos, PredictionOptions(jobs=2, micro_batch=3)))
+    assert [one.file for one in together] == videos
+    for one, other in zip(alone, together, strict=True):
+        assert (one.error is None) == (other.error is None)
+        assert dict(one.classes) == pytest.approx(dict(other.classes), abs=1e-5)
+
+
+def test_options_that_cannot_be_and_an_empty_folder_are_refused(finetuned, tmp_path, capsys):
+    video = str(make_video(tmp_path / "one.mp4"))
+    command = ["predict", video, "--model", str(finetuned)]
+    for option, value, message in (
+        ("--top", "0", "top: 0 must be at least 1"),
+        ("--micro-batch", "0", "micro_batch: 0 must be at least 1"),
+        ("--temporal", "0", "views.temporal, views.spatial: must be at least 1"),
+        ("--jobs", "-1", "jobs: -1 does not do"),
+        ("--top", "few", "argument --top: invalid int value: 'few'"),
+    ):
+        assert main([*command, option, value]) == 2
+        assert message in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(Refused, match="holds no video"):
+        next(finetune.load(finetuned).predict(tmp_path / "empty"))
