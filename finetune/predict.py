@@ -9,7 +9,7 @@ A file goes the way of the training videos: transcoded as packing does, decoded,
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -192,7 +192,7 @@ def video_files(paths: Iterable[str | Path]) -> list[str]:
 
 def stored_videos(
     files: list[str], description: ModelDescription, options: PredictionOptions
-) -> Iterator[Transcoded | str]:
+) -> Generator[Transcoded | str, None, None]:
     """Yields each file in the form that shards store, or the reason why it has none, with the remedy."""
     tasks = (
         VideoTask(Path(file), description.short_side, GOP, description.frame_rate, options.stall_s) for file in files

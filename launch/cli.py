@@ -201,7 +201,7 @@ def _predict(arguments: list[str]) -> int:
             if prediction.error:
                 print(f"tubelet: {prediction.file}: {' '.join(prediction.error.split())}", file=sys.stderr)
             if as_json:
-                classes = [{"name": name, "probability": share} for name, share in prediction.classes]
+                classes = [{"name": name, "probability": round(share, 6)} for name, share in prediction.classes]
                 print(json.dumps({"file": prediction.file, "classes": classes, "error": prediction.error}), flush=True)
             elif not prediction.error:
                 shares = [f"\n  {100 * probability:5.1f} %  {name}" for name, probability in prediction.classes]
