@@ -4,7 +4,7 @@ PYTHON ?= python3
 N ?= 200
 BIN := .venv/bin
 
-.PHONY: help demo test test-drills test-cluster drill lint bench bench-model bench-data clean
+.PHONY: help demo test test-drills test-cluster drill lint bench bench-model bench-data bench-finetune clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -50,6 +50,9 @@ bench-model: .venv/installed ## measure a pretraining step against transformers,
 bench-data: .venv/installed ## measure the data path and what sets its speed, as ratios; some minutes
 	@$(BIN)/python -m tests.benchmarks.data_path
 	@$(BIN)/python -m tests.benchmarks.speed_knobs
+
+bench-finetune: .venv/installed ## measure a finetuning step against transformers, and multi-view decoding; some minutes
+	@$(BIN)/python -m tests.benchmarks.finetune_step
 
 clean: ## remove .venv and runs
 	rm -rf .venv runs

@@ -52,7 +52,9 @@ class Classifier(nn.Module):
         self.pool: Callable[[Encoded], Any] = operator.attrgetter("class_token")
         widths = [encoder.width, *head.hidden]
         layers: list[nn.Module] = []
-        if head.pool == "mean":
+        if head.pool == "class_token":
+            encoder.leave_out_other_tokens()
+        elif head.pool == "mean":
             self.pool = Encoded.mean
             encoder.leave_out_last_norm()
             layers.append(nn.LayerNorm(encoder.width, eps=LAYER_NORM_EPS))

@@ -109,9 +109,27 @@ def _cut_views(reader: VideoReader, frame_rate: float, config: ClipConfig, tempo
     moments = [0.5] if temporal == 1 else np.linspace(0, 1, temporal).tolist()
     time_windows = [frame_indices(config, frames, frame_rate, moment)[0] for moment in moments]
     shown = [torch.from_numpy(one) for one in read_time_windows(reader, time_windows)]
-    height, width = shown[0].shape[1:3]
-    boxes = [view_box(height, width, view, spatial) for view in range(spatial)]
-    return torch.stack([cut(one, box, config.size) for one in shown for box in boxes])
+    return torch.stack([crop for one in shown for crop in crops_of(one, config.size, spatial)])
+
+
+def crops_of(frames: torch.Tensor, size: int, spatial: int) -> list[torch.Tensor]:
+    """Returns square crops of frames, spread evenly along the longer side; one is the centre.
+
+    Several are cut out of frames that were resized once, to a short side of `size`, as VideoMAE tests.
+
+    Args:
+        frames: `(T, H, W, 3)` uint8.
+        size: Height and width of a crop in pixels.
+        spatial: Number of crops.
+    """
+    height, width = frames.shape[1:3]
+    if spatial == 1:
+        return [cut(frames, view_box(height, width, 0, 1), size)]
+    short = min(height, width)
+    shape = (round(size * height / short), round(size * width / short))
+    resized = cut(frames, (0, 0, height, width), shape)
+    boxes = (view_box(*shape, view, spatial) for view in range(spatial))
+    return [resized[:, top : top + size, left : left + size] for top, left, _, _ in boxes]
 
 
 def evaluation_batches(

@@ -124,7 +124,7 @@ class Block(ResidualBlock):
         tokens: Tensor,
         mask: Tensor | BlockMask | None = None,
         rotary: Rotary | None = None,
-        wanted: int | None = None,
+        wanted: slice | None = None,
     ) -> Tensor:
         """Lets tokens attend to each other.
 
@@ -132,17 +132,17 @@ class Block(ResidualBlock):
             tokens: `(B, N, D)`.
             mask: As for `Attention`.
             rotary: As for `Attention`.
-            wanted: How many of the last tokens are returned, without computing the others; not with the two above.
+            wanted: Which tokens are returned, without computing the others; not with the two above.
 
         Returns:
-            `(B, N, D)` or `(B, wanted, D)`.
+            `(B, N, D)`, or less of N where not all are wanted.
         """
         normed = self.attention_norm(tokens)
         if wanted is None:
             attended = self.attention(normed, mask=mask, rotary=rotary)
         else:
-            tokens = tokens[:, -wanted:]
-            attended = self.attention(normed[:, -wanted:], normed)
+            tokens = tokens[:, wanted]
+            attended = self.attention(normed[:, wanted], normed)
         return self.add_mlp(tokens + self.drop_path(self.attention_scale(attended)))
 
 
@@ -227,7 +227,7 @@ class Stack(nn.ModuleList):
         super().__init__(blocks)
         self.recomputes = False
 
-    def forward(self, tokens: Tensor, *others: Any, wanted: int | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, *others: Any, wanted: slice | None = None) -> Tensor:
         """Passes tokens through every block, each with the same further arguments; `wanted` is for the last `Block`."""
         for number, block in enumerate(self, 1):
             is_last = wanted is not None and number == len(self)

@@ -298,6 +298,12 @@ class Encoder(nn.Module):
         """Takes away the layer norm behind the last block, for a head that normalises the mean of the tokens."""
         self.norm = nn.Identity()
 
+    def leave_out_other_tokens(self) -> None:
+        """Spares the last block the other tokens where it can, for a head that reads the class token alone.
+
+        `forward` then may return no tokens beside the class token.
+        """
+
     @property
     def layers(self) -> int:
         """Number of blocks that follow each other."""

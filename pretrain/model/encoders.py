@@ -31,6 +31,13 @@ from pretrain.model.tubelets import Grid, Size
 class JointEncoder(Encoder):
     """Spatio-temporal attention, ViViT's model 1; the class token stands first in the sequence."""
 
+    wanted: slice | None = None
+    """Which tokens the last block returns, the class token among them; None is all."""
+
+    def leave_out_other_tokens(self) -> None:
+        """See `Encoder.leave_out_other_tokens`."""
+        self.wanted = slice(0, 1)
+
     def forward(self, clips: Tensor, visible: Tensor | None = None, visible_slots: int | None = None) -> Encoded:
         """See `Encoder.forward`; any tokens may be visible."""
         tokens = self.embed(clips, visible)
@@ -50,7 +57,8 @@ class JointEncoder(Encoder):
             mask: Which tokens see which, as for `Attention`.
             rotary: How queries and keys are turned.
         """
-        return self.norm(self.blocks(self.input_norm(tokens), mask, rotary))
+        alone = mask is None and rotary is None
+        return self.norm(self.blocks(self.input_norm(tokens), mask, rotary, wanted=self.wanted if alone else None))
 
 
 class FactorisedEncoder(Encoder):

@@ -141,9 +141,9 @@ class MaskedAutoencoder(nn.Module):
         if self.looks_across:
             decoded = self.decoder_blocks(asked, context, mask)
         else:
-            wanted = asked.shape[1]
+            wanted = slice(-asked.shape[1], None)
             together = torch.cat([context, asked], 1)
-            decoded = self.decoder_blocks(together, mask, wanted=wanted if mask is None else None)[:, -wanted:]
+            decoded = self.decoder_blocks(together, mask, wanted=wanted if mask is None else None)[:, wanted]
         return self.decoder_head(self.decoder_norm(decoded))
 
     def targets(self, clips: Tensor, masked: Tensor) -> Tensor:

@@ -261,3 +261,12 @@ def test_without_its_last_norm_an_encoder_returns_what_the_last_block_returns(na
     tokens = last.temporal if name == "factorised_encoder" else last.tokens
     torch.testing.assert_close(norm(tokens).mean(1), normed)
     assert not torch.allclose(last.mean(), normed, atol=0.1)
+
+
+def test_a_head_that_reads_the_class_token_alone_gets_the_same_one():
+    encoder, clips = encoder_of("joint", class_token=True), clips_of()
+    expected = encoder(clips).class_token
+    encoder.leave_out_other_tokens()
+    encoded = encoder(clips)
+    torch.testing.assert_close(encoded.class_token, expected, atol=1e-6, rtol=1e-5)
+    assert encoded.tokens.shape[1] == 0, "the last block computed them all the same"

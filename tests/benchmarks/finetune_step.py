@@ -1,0 +1,173 @@
+"""What finetuning and multi-view evaluation cost, as ratios: a step against transformers', views decoded once or each.
+
+The step is forward, backward and fused AdamW of a ViT-B classifier of 16 x 224 x 224 clips in fp32, both models in one
+process on the same clips, threads and optimiser, in turns (`timed_steps.py`). Transformers'
+`VideoMAEForVideoClassification` averages the tokens; ours is measured with the same head (the same mathematics) and
+with the class token that is our default, whose last block computes nothing else. Transformers' model gets normalised
+floats, made outside the timed part; ours takes uint8 and normalises within it.
+
+The views are 5 time windows x 3 crops of 10 s videos as `tubelet pack` stores them, decoded once for all of them as
+evaluation does, against opening and decoding the video for each view; CPU time on one core, in turns.
+
+Run with `make bench-finetune`; `--quick` takes tiny models to try the code.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional
+from transformers import VideoMAEConfig, VideoMAEForVideoClassification
+
+from finetune.classifier import Classifier
+from finetune.config import HeadConfig
+from pretrain.data.clips import ClipConfig, cut, frame_indices, view_box
+from pretrain.data.pack import PackConfig, pack
+from pretrain.data.shards import Sample, ShardSet
+from pretrain.data.video import open_video
+from pretrain.data.views import views_of
+from pretrain.model.encoder import EncoderConfig
+from pretrain.model.encoders import build_encoder
+from tests.benchmarks.raw_clips import make_raw_clip
+from tests.benchmarks.timed_steps import Setting, Step, in_turns, peaks, ratio
+
+WANTED_STEP, WANTED_VIEWS = 1.2, 4.0
+"""Speed over transformers that is wanted of a step, and over decoding each view of the 15 views."""
+CLASSES = 400
+TEMPORAL, SPATIAL = 5, 3
+VIDEOS, ROUNDS = 4, 24
+RATES: dict[str, float | None] = {"as filmed, 30 frames a second": None, "packed at 7.5 frames a second": 7.5}
+
+
+def step_of_ours(config: EncoderConfig, head: HeadConfig, setting: Setting) -> Step:
+    """Returns a step of our classifier."""
+    torch.manual_seed(0)
+    encoder = build_encoder(config, setting.frames, setting.size, class_token=head.pool == "class_token")
+    model = Classifier(encoder, head, CLASSES).to(setting.device)
+    clips, labels = setting.clips(), labels_of(setting)
+    return setting.step_of(model, lambda: functional.cross_entropy(model(clips), labels))
+
+
+def step_of_transformers(config: EncoderConfig, setting: Setting) -> Step:
+    """Returns a step of `VideoMAEForVideoClassification` with the same sizes."""
+    width, depth, heads, mlp_ratio = config.sizes()
+    torch.manual_seed(0)
+    model = VideoMAEForVideoClassification(
+        VideoMAEConfig(
+            image_size=setting.size,
+            num_frames=setting.frames,
+            hidden_size=width,
+            num_hidden_layers=depth,
+            num_attention_heads=heads,
+            intermediate_size=round(width * mlp_ratio),
+            num_labels=CLASSES,
+        )
+    ).to(setting.device)
+    mean, std = (torch.tensor(part, device=setting.device) for part in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    pixels = ((setting.clips().float() / 255 - mean) / std).permute(0, 1, 4, 2, 3).contiguous()
+    labels = labels_of(setting)
+    return setting.step_of(model, lambda: functional.cross_entropy(model(pixels).logits, labels))
+
+
+def labels_of(setting: Setting) -> torch.Tensor:
+    """Returns a label for each clip."""
+    return torch.arange(setting.batch, device=setting.device)
+
+
+def compare_steps(config: EncoderConfig, setting: Setting, rounds: int) -> bool:
+    """Prints the speed of a finetuning step over transformers'; returns whether it is as wanted."""
+    steps = {
+        "transformers": step_of_transformers(config, setting),
+        "ours, mean of the tokens": step_of_ours(config, HeadConfig(pool="mean"), setting),
+        "ours, class token": step_of_ours(config, HeadConfig(), setting),
+    }
+    memory = peaks(steps, setting.device)
+    times = in_turns(steps, rounds)
+    peer = times.pop("transformers")
+    print(
+        f"finetuning ViT-{config.variant}, {setting.batch} clips of {setting.frames} x {setting.size} x "
+        f"{setting.size}, fp32, {torch.get_num_threads()} threads, {rounds} rounds; transformers: "
+        f"{setting.batch / statistics.median(peer.clock):.2f} clips/s, {memory['transformers']:.2f} GiB"
+    )
+    for name, ours in times.items():
+        median, text = ratio(peer.clock, ours.clock)
+        on_cores, _ = ratio(peer.cores, ours.cores)
+        print(f"  {name:30s}{text} times as fast; by the cores' time {on_cores:.2f}; {memory[name]:.2f} GiB")
+    print(f"  wanted of the class token: {WANTED_STEP}")
+    return median >= WANTED_STEP
+
+
+def each_view_alone(sample: Sample, clip: ClipConfig) -> torch.Tensor:
+    """Returns the views of a sample, for each of which the video is opened and decoded."""
+    views = []
+    for moment in np.linspace(0, 1, TEMPORAL):
+        for view in range(SPATIAL):
+            indices, _ = frame_indices(clip, sample.frames, sample.frame_rate, float(moment))
+            frames = torch.from_numpy(open_video(sample.video).read(indices))
+            views.append(cut(frames, view_box(*frames.shape[1:3], view, SPATIAL), clip.size))
+    return torch.stack(views)
+
+
+def compare_views(quick: bool) -> bool:
+    """Prints the speed of decoding once for all views over decoding for each; returns whether it is as wanted."""
+    clip = ClipConfig(frames=16, frame_rate=7.5)
+    reached = []
+    with tempfile.TemporaryDirectory() as scratch:
+        raw = Path(scratch) / "raw"
+        raw.mkdir()
+        for number in range(1 if quick else VIDEOS):
+            make_raw_clip(raw / f"{number}.mp4", number)
+        for name, rate in RATES.items():
+            out = Path(scratch) / f"packed-{rate}"
+            pack(PackConfig(source=str(raw), out=str(out), fps=rate, jobs=1))
+            shards = ShardSet.open(out)
+            samples = [shards.read(number) for number in range(shards.samples)]
+            together = views_of(samples[0], clip, TEMPORAL, SPATIAL).float()
+            assert (each_view_alone(samples[0], clip).float() - together).abs().mean() < 2, "the views are other ones"
+            once: list[float] = []
+            each: list[float] = []
+            for number in range(2 if quick else ROUNDS):
+                sample = samples[number % len(samples)]
+                started = time.process_time()
+                views_of(sample, clip, TEMPORAL, SPATIAL)
+                between = time.process_time()
+                each_view_alone(sample, clip)
+                once.append(between - started)
+                each.append(time.process_time() - between)
+            median, text = ratio(each, once)
+            reached.append(median >= WANTED_VIEWS)
+            print(
+                f"{TEMPORAL} x {SPATIAL} views of 10 s videos, {name}: decoded once "
+                f"{TEMPORAL * SPATIAL / statistics.median(once):.0f} views/s of one core, {text} times as fast as "
+                f"decoded for each view, wanted {WANTED_VIEWS}"
+            )
+    return all(reached)
+
+
+def main() -> None:
+    """Prints both comparisons, and last whether what is wanted was reached."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="tiny models and few rounds, for the code's sake")
+    given = parser.parse_args()
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    device = torch.device("cpu")
+    if given.quick:
+        steps = compare_steps(EncoderConfig(variant="Ti", depth=2), Setting(device, 2, frames=4, size=64), rounds=2)
+    else:
+        steps = compare_steps(EncoderConfig(variant="B"), Setting(device, 2), rounds=5)
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
+    torch.set_num_threads(1)
+    views = compare_views(given.quick)
+    for name, done in {"a step": steps, "views": views}.items():
+        print(f"{name}: {'reached' if done else 'NOT reached'} what is wanted")
+
+
+if __name__ == "__main__":
+    main()
