@@ -20,7 +20,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from pretrain.engine.devices import Precision, agree_on_devices, device_here, host_name, refuse_unfit
+from pretrain.engine.devices import Precision, agree_on_devices, device_here, host_name, network_told, refuse_unfit
 from pretrain.engine.failures import told_by_main
 from pretrain.errors import Refused, TubeletError
 
@@ -46,10 +46,10 @@ class Processes:
         meet_within_s: How long to wait for processes that have not started yet; None is as long as torch waits.
 
     Raises:
-        Refused: A device cannot compute in `precision`, only some nodes have GPUs, or accelerate's own settings
-            contradict the arguments.
-        TubeletError: Not all processes came, or accelerate or DeepSpeed believes in another number of them than the
-            launcher started.
+        Refused: A device cannot compute in `precision`, only some nodes have GPUs, this node lacks the network
+            interface that a variable names, or accelerate's own settings contradict the arguments.
+        TubeletError: Not all processes came, the network fails, or accelerate or DeepSpeed believes in another number
+            of them than the launcher started.
     """
 
     def __init__(
@@ -81,24 +81,29 @@ class Processes:
                 _spare_compiler()
         grouped = self.uses_deepspeed or launched_world() > 1
         handlers = [InitProcessGroupKwargs(backend="nccl" if on_gpu else "gloo")] if grouped else []
-        self.accelerator = Accelerator(
-            cpu=None if on_gpu or self.uses_deepspeed else True,
-            mixed_precision="no" if precision == "fp32" else precision,
-            gradient_accumulation_steps=accumulation,
-            deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=content) if content else None,
-            kwargs_handlers=handlers,
-            step_scheduler_with_optimizer=False,
-        )
         self.world: int = launched_world()
+        try:
+            with network_told():
+                self.accelerator = Accelerator(
+                    cpu=None if on_gpu or self.uses_deepspeed else True,
+                    mixed_precision="no" if precision == "fp32" else precision,
+                    gradient_accumulation_steps=accumulation,
+                    deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=content) if content else None,
+                    kwargs_handlers=handlers,
+                    step_scheduler_with_optimizer=False,
+                )
+        except TubeletError:
+            self._leave()
+            raise
         self.rank: int = self.accelerator.process_index
         self.device: torch.device = self.accelerator.device
         try:
             self._check_beliefs(accumulation)
+            # Small messages go over gloo, so that they never wait for the GPU.
+            self._messages = _message_group() if self.world > 1 else None
         except TubeletError:
             self.__exit__()
             raise
-        # Small messages go over gloo, so that they never wait for the GPU.
-        self._messages = _message_group() if self.world > 1 else None
 
     def _compare_devices(self, precision: Precision, meet_within_s: float | None) -> Any:
         """Raises where the ranks' devices do not fit; returns the store in which they were compared, if any was."""
@@ -190,8 +195,9 @@ class Processes:
             return self.on_main_only(lambda: future.result() if future else None)
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
-        """Wraps model and optimiser for this world; raises `TubeletError` if DeepSpeed sees another world."""
-        model, optimizer = self.accelerator.prepare(model, optimizer)
+        """Wraps model and optimiser for this world; raises `TubeletError` if DeepSpeed sees another, or the network."""
+        with network_told():  # NCCL first speaks here
+            model, optimizer = self.accelerator.prepare(model, optimizer)
         if self.uses_deepspeed and torch.distributed.get_world_size() != self.world:
             raise TubeletError(
                 f"DeepSpeed runs with {torch.distributed.get_world_size()} processes, but the launcher started "
@@ -205,13 +211,16 @@ class Processes:
 
     def __exit__(self, *error: object) -> None:
         """Leaves the process group, so that the same process can start another run."""
+        self.accelerator.free_memory()
+        self._leave()
+
+    def _leave(self) -> None:
         from accelerate.state import AcceleratorState, GradientState
 
-        self.accelerator.free_memory()
         self._store = None
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-        if self.uses_deepspeed:
+        if torch.distributed.is_initialized() and self.uses_deepspeed:
             import deepspeed.comm
 
             deepspeed.comm.destroy_process_group()  # and what DeepSpeed keeps of it
@@ -234,7 +243,8 @@ def _is_over(future: Future) -> bool:
 
 
 def _message_group() -> torch.distributed.ProcessGroup:
-    group = torch.distributed.new_group(backend="gloo")
+    with network_told():
+        group = torch.distributed.new_group(backend="gloo")
     assert isinstance(group, torch.distributed.ProcessGroup), "every rank is a member"
     return group
 

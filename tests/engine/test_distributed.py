@@ -8,6 +8,7 @@ import torch
 
 from pretrain.data.loader import MicroBatches
 from pretrain.data.order import Order
+from pretrain.engine.devices import NETWORK, network_told
 from pretrain.engine.distributed import (
     LAUNCHER_VARIABLES,
     Processes,
@@ -16,7 +17,7 @@ from pretrain.engine.distributed import (
     launched_rank,
     launched_world,
 )
-from pretrain.errors import EXIT_FAILED, Refused, TubeletError
+from pretrain.errors import EXIT_FAILED, EXIT_REFUSED, Refused, TubeletError
 
 ORDER = Order((5, 7, 3, 9), seed=4, lanes=4, shards_per_window=2, global_batch=8)
 
@@ -169,3 +170,30 @@ def test_an_accelerate_that_believes_in_another_world_than_the_launcher_is_caugh
         monkeypatch.setenv("WORLD_SIZE", "2")
         with pytest.raises(TubeletError, match="accelerate believes in 1 processes, but the launcher started 2"):
             Processes()
+
+
+NCCL_TOLD = """NCCL error in: NCCLUtils.cpp:94, internal error - please report this issue to the NCCL developers
+ncclInternalError: Internal check failed.
+Last error:
+"""
+
+
+@pytest.mark.parametrize(
+    ("reason", "kind", "code"),
+    [
+        ("Bootstrap : no socket interface found", Refused, EXIT_REFUSED),
+        ("socketStartConnect: Connect to 10.0.0.1<29500> failed : Connection refused", TubeletError, EXIT_FAILED),
+    ],
+)
+def test_a_network_that_fails_is_told_by_its_reason_and_is_only_refused_where_starting_again_is_useless(
+    reason, kind, code
+):
+    with pytest.raises(kind) as failed, network_told():
+        raise torch.distributed.DistBackendError(NCCL_TOLD + reason)
+    assert str(failed.value) == f"network: {reason}; {NETWORK}"
+    assert failed.value.exit_code == code
+
+
+def test_an_error_that_has_nothing_to_do_with_the_network_is_left_as_it_is():
+    with pytest.raises(RuntimeError, match="size mismatch"), network_told():
+        raise RuntimeError("size mismatch")

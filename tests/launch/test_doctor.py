@@ -1,7 +1,9 @@
 """`tubelet doctor`: one line a check, exit code 0 if nothing failed, and what is broken is told with its remedy."""
 
+import os
 import re
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -9,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
+from launch.doctor import HANGING
 from launch.doctor_checks import CHECKS
+from pretrain.engine.all_reduce import ended_after
 from pretrain.engine.wandb_server import unreachable_because
 from tests.runs import run, tiny_pretraining
 from tests.videos import make_video
@@ -155,3 +159,28 @@ def test_two_processes_sum_a_tensor_and_see_each_others_files(recipe, tmp_path):
     assert found["run folder"][1].endswith(f"{tmp_path / 'run'} can be written and all see it")
     assert ended.outputs[1].read_text() == ""
     assert not (tmp_path / "run").exists()
+
+
+def test_a_network_interface_that_is_not_there_is_refused_in_one_line_with_its_name(tmp_path):
+    ended = run("launch", ["doctor"], tmp_path, world=2, environment={"GLOO_SOCKET_IFNAME": "nowhere0"})
+    assert ended.codes == [2, 2], ended.text
+    (line,) = [line for line in ended.text.splitlines() if line.startswith("tubelet:")]
+    assert line.startswith(
+        "tubelet: network: Unable to find address for: nowhere0; see that the nodes reach each other"
+    )
+    assert "Traceback" not in ended.text
+
+
+def test_a_check_that_hangs_ends_its_process_and_tells_what_to_look_at():
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        sys.stderr = os.fdopen(writing, "w")
+        with ended_after(0.1, "disk", HANGING["disk"]):
+            time.sleep(60)
+    os.close(writing)
+    with os.fdopen(reading) as said:
+        text = said.read()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+    assert text.startswith("tubelet: disk: no answer within 0.1 s on ")
+    assert text.endswith("; see whether the file system of --out answers on all nodes\n")
