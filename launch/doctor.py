@@ -40,8 +40,8 @@ STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red", "not checked
 
 USAGE = """tubelet doctor [--config NAME] [--FIELD VALUE ...]
 
-Checks whether a run could start here: the configuration, versions, devices, all-reduce, the run's folder, disk, shared
-memory, decoder, shards, W&B. Every field of tubelet pretrain can be given; with --config and --data.shards all is
+Checks whether a run could start here: the configuration, versions, devices, all-reduce, the run's folder, shared
+memory, decoder, shards, disk, W&B. Every field of tubelet pretrain can be given; with --config and --data.shards all is
 checked. Exit code 0 if nothing failed, else 2. On all nodes of a job:
 
   tubelet launch slurm --nodes 2 --gpus 8 -- doctor --config videomae_b --data.shards SHARDS --out runs/b

@@ -22,7 +22,7 @@ from pretrain.data.loader import PREFETCHED_BATCHES
 from pretrain.data.reading_check import check_decoder, describe_sets, read_one_sample
 from pretrain.data.shards import ShardSet
 from pretrain.engine.all_reduce import measure_all_reduce
-from pretrain.engine.checkpoint import BYTES_A_PARAMETER
+from pretrain.engine.checkpoint_size import checkpoint_bytes_of, kept_checkpoints
 from pretrain.engine.compiler import refuse_divided_weights, refuse_without_compiler
 from pretrain.engine.devices import device_here, host_name
 from pretrain.engine.distributed import Processes, read_deepspeed
@@ -55,11 +55,13 @@ class Patient:
         config: The configuration.
         processes: All processes.
         sets: The shards, once they are open.
+        steps: Length of the run, once it is known.
     """
 
     config: PretrainConfig
     processes: Processes
     sets: tuple[ShardSet, ...] = ()
+    steps: int | None = None
 
     @property
     def has_data(self) -> bool:
@@ -165,9 +167,11 @@ def disk(patient: Patient) -> Finding | None:
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     if not patient.has_length:
         return Finding("ok", f"{free / 2**30:.1f} GiB are free")
+    config = patient.config
     with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in build_autoencoder(patient.config).parameters())
-    one, stay = parameters * BYTES_A_PARAMETER, patient.config.checkpoint.keep_last + 1
+        one = checkpoint_bytes_of(build_autoencoder(config), config.precision, config.deepspeed_file)
+    steps = patient.steps or config.steps
+    stay = kept_checkpoints(steps, config.checkpoint).most if steps else config.checkpoint.keep_last + 1
     text = f"{free / 2**30:.1f} GiB are free, a checkpoint takes about {one / 2**30:.2f} GiB"
     if free < one:
         raise DiskFull(f"{folder}: {text}; free some or give another --out")
@@ -213,7 +217,7 @@ def shards(patient: Patient) -> Finding:
         ]
         order = order_of(patient.config, *patient.sets)
         if patient.has_length:
-            patient.config.total_steps(order.steps_per_epoch)
+            patient.steps = patient.config.total_steps(order.steps_per_epoch)
         read = [read_one_sample(one, data.decoder, processes.rank, processes.world) for one in opened]
         same = Same(fingerprints("data.shards, validation.shards", *opened), SAME_DATA)
         text = f"{describe_sets(opened)}; {read[0]}"
@@ -253,10 +257,10 @@ CHECKS: dict[str, Callable[[Patient], Finding | None]] = {
     "devices": devices,
     "all-reduce": all_reduce,
     "run folder": run_folder,
-    "disk": disk,
     "shared memory": shared_memory,
     "decoder": decoder,
     "shards": shards,
+    "disk": disk,
     "W&B": wandb,
 }
-"""All checks by their names, in the order in which they are made."""
+"""All checks by their names, in the order in which they are made; the shards tell how long the run is."""

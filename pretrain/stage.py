@@ -22,6 +22,7 @@ from pretrain.data.randomness import seed_of_set
 from pretrain.data.shard_cache import CacheConfig
 from pretrain.data.shards import ShardSet
 from pretrain.data.training_clips import TrainingClips
+from pretrain.engine.checkpoint_size import checkpoint_bytes_of
 from pretrain.engine.compiler import refuse_divided_weights
 from pretrain.engine.distributed import Processes, launched_world
 from pretrain.engine.optimizer import build_optimizer, members_of_groups
@@ -240,7 +241,7 @@ def train(
     processes = run.processes
     batch = order.global_batch
     if run.first_step < steps:
-        run.checkpoints.refuse_without_room(sum(parameter.numel() for parameter in model.parameters()))
+        run.checkpoints.refuse_without_room(checkpoint_bytes_of(model, config.precision, config.deepspeed_file))
     if config.activation_checkpointing:
         recompute_activations(model)
     if config.compile:

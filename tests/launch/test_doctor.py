@@ -89,6 +89,14 @@ def test_a_stage_that_zero_does_not_have_is_refused(recipe, tmp_path, capsys):
     )
 
 
+def test_the_disk_is_asked_for_all_checkpoints_that_the_run_will_keep(recipe, tmp_path, capsys):
+    options = ["--config", recipe, "--epochs", 6, "--out", tmp_path / "run", "--checkpoint.every", 1]
+    _, found = doctor(capsys, *options)
+    assert found["disk"][1].endswith("up to 3 at a time")
+    _, found = doctor(capsys, *options, "--checkpoint.keep_every", 2)
+    assert found["disk"][1].endswith("up to 7 at a time")  # 2, 4, 6, 8 for good, and 10, 11, 12
+
+
 def test_a_damaged_shard_is_found_where_a_sample_of_it_is_read(recipe, tmp_path, capsys):
     from pretrain.data.pack import PackConfig, pack
 

@@ -9,7 +9,7 @@ import pytest
 
 from launch.cli import main
 from pretrain.engine import manifest
-from pretrain.engine.checkpoint import step_folders
+from pretrain.engine.checkpoint_search import step_folders
 from tests.launch.test_cli import refusal
 from tests.runs import tiny_pretraining
 
