@@ -129,7 +129,7 @@ class RunConfig:
         if data.global_batch % world:
             raise Refused(
                 f"data.global_batch: {data.global_batch} samples do not divide among {world} processes; use "
-                f"{nearest_multiple(data.global_batch, world, data.lanes)}"
+                f"{nearest_multiple(data.global_batch, world * data.micro_batch, data.lanes)}"
             )
         if data.global_batch % (world * data.micro_batch):
             raise Refused(
