@@ -16,7 +16,6 @@ import torch
 
 from launch.inner import refuse_missing_weights
 from pretrain.agreement import SAME_DATA, fingerprints
-from pretrain.commandline import find_recipe
 from pretrain.config import PretrainConfig
 from pretrain.data.loader import PREFETCHED_BATCHES
 from pretrain.data.reading_check import check_decoder, describe_sets, read_one_sample
@@ -83,8 +82,8 @@ def configuration(patient: Patient) -> Finding:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, shards="to be named"))
     config.validate()
     accumulation = config.accumulation(world)
-    if config.deepspeed:
-        file = find_recipe(config.deepspeed, "deepspeed", ".json")
+    file = config.deepspeed_file
+    if file:
         read_deepspeed(file)
         if config.compile:
             refuse_divided_weights(file)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from pretrain.commandline import find_recipe, met_by_every_rank, to_dict, to_yaml
+from pretrain.commandline import met_by_every_rank, to_dict, to_yaml
 from pretrain.config import RunConfig
 from pretrain.data.balanced import BalancedOrder, SampleOrder
 from pretrain.data.clips import ClipConfig
@@ -132,15 +132,25 @@ def start_processes(config: RunConfig) -> Processes:
     """Joins the other processes of the run.
 
     Raises:
-        Refused: The batch does not divide among them, or their devices cannot do what is asked for.
+        Refused: The batch does not divide among them, one has no DeepSpeed file, or their devices cannot do what is
+            asked for.
     """
     with met_by_every_rank():
         accumulation = config.accumulation(launched_world())
-        deepspeed = find_recipe(config.deepspeed, "deepspeed", ".json") if config.deepspeed else None
+    deepspeed, problem = None, None
+    try:
+        deepspeed = config.deepspeed_file
         if config.compile and deepspeed:
             refuse_divided_weights(deepspeed)
+    except Refused as error:  # of this node alone, perhaps
+        problem = str(error)
     processes = Processes(
-        config.precision, accumulation, config.data.micro_batch, config.optimizer.clip_grad, deepspeed
+        config.precision,
+        accumulation,
+        config.data.micro_batch,
+        config.optimizer.clip_grad,
+        deepspeed,
+        problem=problem,
     )
     set_up_logging(main_process=processes.is_main)
     return processes

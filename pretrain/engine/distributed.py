@@ -44,10 +44,11 @@ class Processes:
         clip_grad: Greatest gradient norm, or None.
         deepspeed: File of a DeepSpeed configuration, or None for plain data parallelism.
         meet_within_s: How long to wait for processes that have not started yet; None is as long as torch waits.
+        problem: Why this one cannot take part, with the remedy, which all are told when they meet; None if it can.
 
     Raises:
-        Refused: A device cannot compute in `precision`, only some nodes have GPUs, this node lacks the network
-            interface that a variable names, or accelerate's own settings contradict the arguments.
+        Refused: One cannot take part, a device cannot compute in `precision`, only some nodes have GPUs, this node
+            lacks the network interface that a variable names, or accelerate's own settings contradict the arguments.
         TubeletError: Not all processes came, the network fails, or accelerate or DeepSpeed believes in another number
             of them than the launcher started.
     """
@@ -60,11 +61,17 @@ class Processes:
         clip_grad: float | None = None,
         deepspeed: Path | None = None,
         meet_within_s: float | None = None,
+        problem: str | None = None,
     ) -> None:
         """Joins the process group that the launcher's environment variables describe."""
-        _refuse_plugins(allowed="ACCELERATE_USE_DEEPSPEED" if deepspeed else None)
+        _refuse_plugins(allowed="ACCELERATE_USE_DEEPSPEED" if deepspeed or problem else None)
         on_gpu = torch.cuda.is_available()
-        content = _completed(deepspeed, precision, accumulation, micro_batch, clip_grad) if deepspeed else None
+        content = None
+        try:
+            if deepspeed:
+                content = _completed(deepspeed, precision, accumulation, micro_batch, clip_grad)
+        except Refused as error:
+            problem = str(error)
         if not on_gpu:
             os.environ["DS_ACCELERATOR"] = "cpu"
         from accelerate import Accelerator
@@ -74,7 +81,7 @@ class Processes:
         self.uses_deepspeed = deepspeed is not None
         if _started_by_srun():
             _describe_srun()
-        self._store = self._compare_devices(precision, meet_within_s)
+        self._store = self._compare_devices(precision, meet_within_s, problem)
         if self.uses_deepspeed:
             _describe_single_process()
             if not on_gpu:
@@ -105,9 +112,10 @@ class Processes:
             self.__exit__()
             raise
 
-    def _compare_devices(self, precision: Precision, meet_within_s: float | None) -> Any:
-        """Raises where the ranks' devices do not fit; returns the store in which they were compared, if any was."""
+    def _compare_devices(self, precision: Precision, meet_within_s: float | None, problem: str | None) -> Any:
+        """Raises where ranks have problems or their devices do not fit; returns the store in which they were told."""
         here = device_here(precision)
+        here = here._replace(problem=problem or here.problem)
         try:
             if launched_world() > 1 and {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
                 return agree_on_devices(here, meet_within_s)
@@ -362,8 +370,12 @@ def _spare_compiler() -> None:
 def read_deepspeed(file: Path) -> dict[str, Any]:
     """Returns the content of a DeepSpeed file; raises `Refused` if it is none, or asks for a stage that ZeRO lacks."""
     try:
-        content = dict(json.loads(file.read_text()))
+        content = json.loads(file.read_text())
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
         stage = dict(content.get("zero_optimization", {})).get("stage", 0)
+    except OSError as error:
+        raise Refused(f"{file}: cannot be read ({error.strerror}); name a file that every node can read") from None
     except (ValueError, TypeError) as error:
         raise Refused(f"{file}: is not a DeepSpeed configuration in JSON ({error}); mend it") from None
     if stage not in ZERO_STAGES:
@@ -376,6 +388,7 @@ def _completed(
 ) -> dict[str, Any]:
     """Returns the content of a DeepSpeed file, completed with what the run's own configuration decides."""
     content = read_deepspeed(file)
+    content.setdefault("zero_optimization", {"stage": 0})  # DeepSpeed's default, which accelerate wants told
     content["train_micro_batch_size_per_gpu"] = micro_batch
     content["gradient_accumulation_steps"] = accumulation
     content["gradient_clipping"] = clip_grad or 0.0

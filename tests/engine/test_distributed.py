@@ -150,12 +150,25 @@ def test_an_accelerate_that_was_told_another_accumulation_is_refused_and_leaves_
         assert processes.accelerator.gradient_accumulation_steps == 3
 
 
-@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_a_deepspeed_file_that_says_nothing_of_zero_divides_nothing(tmp_path):
+    (tmp_path / "zero.json").write_text("{}")
+    with Processes(deepspeed=tmp_path / "zero.json") as processes:
+        assert processes.accelerator.state.deepspeed_plugin.zero_stage == 0
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "[]"])
 def test_a_deepspeed_file_that_holds_something_else_is_refused_by_name(tmp_path, content):
     path = tmp_path / "zero.json"
     path.write_text(content)
     with pytest.raises(Refused, match=r"zero\.json: is not a DeepSpeed configuration in JSON"):
         Processes(deepspeed=path)
+
+
+def test_what_one_process_lacks_is_told_when_they_meet(tmp_path):
+    with pytest.raises(Refused, match=r"^zero9: is no file$"):
+        Processes(problem="zero9: is no file")
+    with pytest.raises(Refused, match=r"zero\.json: cannot be read \(No such file or directory\); name a file that"):
+        Processes(deepspeed=tmp_path / "zero.json")
 
 
 @pytest.mark.parametrize("name", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"])

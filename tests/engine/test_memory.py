@@ -132,7 +132,9 @@ def test_what_a_file_leaves_out_is_as_deepspeed_has_it(stage):
     assert (theirs.offload_optimizer, theirs.offload_param) == (None, None)
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"zero_optimization": 3}', '{"zero_optimization": {"stage": 4}}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"zero_optimization": 3}', '{"zero_optimization": {"reduce_bucket_size": "x"}}']
+)
 def test_a_file_that_is_no_deepspeed_configuration_is_named(tmp_path, content):
     file = tmp_path / "zero.json"
     file.write_text(content)
