@@ -30,6 +30,7 @@ HANGING = {
     "versions": NETWORK,
     "all-reduce": NETWORK,
     "run folder": "see whether the file system of --out answers on all nodes",
+    "checkpoints": "see whether the file system of --out answers; a large checkpoint takes long to verify",
     "disk": "see whether the file system of --out answers on all nodes",
     "shards": "see whether the folders or the server that hold the shards answer on all nodes",
 }
@@ -41,8 +42,8 @@ STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red", "not checked
 USAGE = """tubelet doctor [--config NAME] [--FIELD VALUE ...]
 
 Checks whether a run could start here: the configuration, versions, devices, all-reduce, the run's folder, shared
-memory, decoder, shards, disk, W&B. Every field of tubelet pretrain can be given; with --config and --data.shards all is
-checked. Exit code 0 if nothing failed, else 2. On all nodes of a job:
+memory, decoder, shards, checkpoints, disk, W&B. Every field of tubelet pretrain can be given; with --config and
+--data.shards all is checked. Exit code 0 if nothing failed, else 2. On all nodes of a job:
 
   tubelet launch slurm --nodes 2 --gpus 8 -- doctor --config videomae_b --data.shards SHARDS --out runs/b
   tubelet launch local --processes 2 -- doctor

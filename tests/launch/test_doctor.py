@@ -55,7 +55,7 @@ def test_without_arguments_what_needs_them_is_not_checked(capsys, tmp_path, monk
     code, found = doctor(capsys)
     assert code == 0
     assert {name for name, (status, _) in found.items() if status == "not checked"} == {
-        *("configuration", "all-reduce", "shards")
+        *("configuration", "all-reduce", "shards", "checkpoints")
     }
 
 

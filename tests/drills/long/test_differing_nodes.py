@@ -141,7 +141,7 @@ def test_of_two_processes_the_one_with_other_versions_is_named(recipe, tmp_path)
     status, text = examined(ended.text)["versions"]
     assert status == "failed"
     assert re.search(r"timm: is .* on \S+ \(rank 0\), but 9\.9 on \S+ \(rank 1\); install the same environment", text)
-    assert "tubelet: doctor: 1 of 10 checks failed" in ended.text
+    assert "tubelet: doctor: 1 of 11 checks failed" in ended.text
     assert ended.outputs[1].read_text() == ""
 
 
