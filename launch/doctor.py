@@ -15,7 +15,7 @@ from launch.doctor_checks import CHECKS, Finding, Patient
 from pretrain.commandline import parse
 from pretrain.config import PretrainConfig
 from pretrain.engine.all_reduce import ended_after
-from pretrain.engine.devices import host_name, places
+from pretrain.engine.devices import NETWORK, host_name, places
 from pretrain.engine.distributed import Processes
 from pretrain.engine.progress import set_up_logging
 from pretrain.errors import Refused, TubeletError
@@ -26,14 +26,24 @@ MEET_WITHIN_S = 300.0
 """How long the processes wait for each other: nodes of a job start together."""
 CHECK_WITHIN_S = 300.0
 """How long a check may take; a file system that hangs must not hold all nodes."""
+HANGING = {
+    "versions": NETWORK,
+    "all-reduce": NETWORK,
+    "run folder": "see whether the file system of --out answers on all nodes",
+    "checkpoints": "see whether the file system of --out answers; a large checkpoint takes long to verify",
+    "disk": "see whether the file system of --out answers on all nodes",
+    "shards": "see whether the folders or the server that hold the shards answer on all nodes",
+}
+"""What to do about a check that does not end, where it is known."""
+SEE_THE_NODES = "see what this node is busy with (dmesg, nvidia-smi), and whether the others have ended"
 NAMED_HOSTS = 4
 STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red", "not checked": "dim"}
 
 USAGE = """tubelet doctor [--config NAME] [--FIELD VALUE ...]
 
-Checks whether a run could start here: the configuration, versions, devices, all-reduce, the run's folder, disk, shared
-memory, decoder, shards, W&B. Every field of tubelet pretrain can be given; with --config and --data.shards all is
-checked. Exit code 0 if nothing failed, else 2. On all nodes of a job:
+Checks whether a run could start here: the configuration, versions, devices, all-reduce, the run's folder, shared
+memory, decoder, shards, checkpoints, disk, W&B. Every field of tubelet pretrain can be given; with --config and
+--data.shards all is checked. Exit code 0 if nothing failed, else 2. On all nodes of a job:
 
   tubelet launch slurm --nodes 2 --gpus 8 -- doctor --config videomae_b --data.shards SHARDS --out runs/b
   tubelet launch local --processes 2 -- doctor
@@ -51,11 +61,13 @@ def doctor(arguments: list[str]) -> None:
 
     Raises:
         NotWell: One failed.
-        Refused: The command line is wrong, or the processes' devices do not fit.
-        TubeletError: Not all processes came.
+        Refused: The command line is wrong, or the processes' devices or networks do not fit.
+        TubeletError: Not all processes came, or they cannot talk to each other.
     """
     config = parse(PretrainConfig, "pretrain", arguments)
-    with Processes(meet_within_s=MEET_WITHIN_S) as processes:
+    with ended_after(2 * MEET_WITHIN_S, "meeting of all processes"):
+        processes = Processes(meet_within_s=MEET_WITHIN_S)
+    with processes:
         set_up_logging(main_process=processes.is_main)
         failed = examine(Patient(config, processes))
     if failed:
@@ -71,7 +83,7 @@ def examine(patient: Patient) -> int:
     if processes.is_main:
         console.print(f"{len(hosts)} process{'es' * (len(hosts) > 1)} on {_all_of(hosts)}", markup=False)
     for name in CHECKS:
-        with ended_after(CHECK_WITHIN_S, name):
+        with ended_after(CHECK_WITHIN_S, name, HANGING.get(name, SEE_THE_NODES)):
             findings = processes.gather_objects(_made(name, patient))
         failed += any(finding and finding.status == "failed" for finding in findings)
         if processes.is_main:

@@ -16,21 +16,24 @@ import torch
 
 from launch.inner import refuse_missing_weights
 from pretrain.agreement import SAME_DATA, fingerprints
-from pretrain.commandline import find_recipe
 from pretrain.config import PretrainConfig
+from pretrain.data.balanced import SampleOrder
 from pretrain.data.loader import PREFETCHED_BATCHES
 from pretrain.data.reading_check import check_decoder, describe_sets, read_one_sample
 from pretrain.data.shards import ShardSet
 from pretrain.engine.all_reduce import measure_all_reduce
-from pretrain.engine.checkpoint import BYTES_A_PARAMETER
+from pretrain.engine.checkpoint_search import step_folders
+from pretrain.engine.checkpoint_size import checkpoint_bytes_of, kept_checkpoints
 from pretrain.engine.compiler import refuse_divided_weights, refuse_without_compiler
 from pretrain.engine.devices import device_here, host_name
 from pretrain.engine.distributed import Processes, read_deepspeed
 from pretrain.engine.preflight import Same, differences, problems_of_folder, versions_here
+from pretrain.engine.run import CHECKPOINTS
 from pretrain.engine.tracking import choose_connection
 from pretrain.engine.wandb_server import server_url, unreachable_because
 from pretrain.errors import DiskFull, Refused, TubeletError
-from pretrain.pretraining import build_autoencoder
+from pretrain.identity import refuse_other_run
+from pretrain.pretraining import build_autoencoder, trained_fields
 from pretrain.stage import open_sets, open_shards, order_of
 
 TOLD_VERSIONS = ("tubelet", "Python", "torch", "accelerate", "deepspeed", "timm", "webdataset", "av")
@@ -55,11 +58,15 @@ class Patient:
         config: The configuration.
         processes: All processes.
         sets: The shards, once they are open.
+        order: The order of their samples, once they are open.
+        steps: Length of the run, once it is known.
     """
 
     config: PretrainConfig
     processes: Processes
     sets: tuple[ShardSet, ...] = ()
+    order: SampleOrder | None = None
+    steps: int | None = None
 
     @property
     def has_data(self) -> bool:
@@ -81,8 +88,8 @@ def configuration(patient: Patient) -> Finding:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, shards="to be named"))
     config.validate()
     accumulation = config.accumulation(world)
-    if config.deepspeed:
-        file = find_recipe(config.deepspeed, "deepspeed", ".json")
+    file = config.deepspeed_file
+    if file:
         read_deepspeed(file)
         if config.compile:
             refuse_divided_weights(file)
@@ -165,15 +172,29 @@ def disk(patient: Patient) -> Finding | None:
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     if not patient.has_length:
         return Finding("ok", f"{free / 2**30:.1f} GiB are free")
+    config = patient.config
     with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in build_autoencoder(patient.config).parameters())
-    one, stay = parameters * BYTES_A_PARAMETER, patient.config.checkpoint.keep_last + 1
+        one = checkpoint_bytes_of(build_autoencoder(config), config.precision, config.deepspeed_file)
+    steps = patient.steps or config.steps
+    stay = kept_checkpoints(steps, config.checkpoint).most if steps else config.checkpoint.keep_last + 1
     text = f"{free / 2**30:.1f} GiB are free, a checkpoint takes about {one / 2**30:.2f} GiB"
     if free < one:
         raise DiskFull(f"{folder}: {text}; free some or give another --out")
     if free < one * stay:
         return Finding("warning", f"{text} and up to {stay} are there at a time; free some unless some are there now")
     return Finding("ok", f"{text}, up to {stay} at a time")
+
+
+def checkpoints(patient: Patient) -> Finding | None:
+    """Whether the run would go on from what its folder holds, or start in an empty one; rank 0 looks."""
+    if not patient.processes.is_main:
+        return None
+    config = patient.config
+    if patient.order is None or not patient.has_length:
+        return Finding("not checked", "give --config NAME and --data.shards SHARDS, which can be read")
+    refuse_other_run(config, "pretrain", patient.order, patient.sets, trained_fields(config))
+    there = step_folders(Path(config.out) / CHECKPOINTS)
+    return Finding("ok", f"{there[-1]} is the newest, of this very run" if there else "there are none yet")
 
 
 def shared_memory(patient: Patient) -> Finding:
@@ -211,9 +232,9 @@ def shards(patient: Patient) -> Finding:
             *patient.sets,
             *([open_shards("validation.shards", held_out, data.clip, data.cache)] if held_out else []),
         ]
-        order = order_of(patient.config, *patient.sets)
+        order = patient.order = order_of(patient.config, *patient.sets)
         if patient.has_length:
-            patient.config.total_steps(order.steps_per_epoch)
+            patient.steps = patient.config.total_steps(order.steps_per_epoch)
         read = [read_one_sample(one, data.decoder, processes.rank, processes.world) for one in opened]
         same = Same(fingerprints("data.shards, validation.shards", *opened), SAME_DATA)
         text = f"{describe_sets(opened)}; {read[0]}"
@@ -253,10 +274,11 @@ CHECKS: dict[str, Callable[[Patient], Finding | None]] = {
     "devices": devices,
     "all-reduce": all_reduce,
     "run folder": run_folder,
-    "disk": disk,
     "shared memory": shared_memory,
     "decoder": decoder,
     "shards": shards,
+    "checkpoints": checkpoints,
+    "disk": disk,
     "W&B": wandb,
 }
-"""All checks by their names, in the order in which they are made."""
+"""All checks by their names, in the order in which they are made; the shards tell how long the run is."""

@@ -80,7 +80,7 @@ def estimate(question: Question) -> dict[str, Any]:
     config, stage = read_run(question)
     world = question.nodes * question.gpus
     accumulation = config.accumulation(world)
-    chosen = find_recipe(config.deepspeed, "deepspeed", ".json") if config.deepspeed else None
+    chosen = config.deepspeed_file
     if config.compile and chosen:
         refuse_divided_weights(chosen)
     length = length_of(config, question.samples)

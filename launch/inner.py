@@ -113,11 +113,10 @@ def _read(inner: Inner) -> Any:
 
 def _refuse_engine(config: Any) -> None:
     """Raises `Refused` where a DeepSpeed configuration is missing or unreadable, or cannot train a compiled model."""
-    from pretrain.commandline import find_recipe
     from pretrain.engine.compiler import refuse_divided_weights
     from pretrain.engine.distributed import read_deepspeed
 
-    file = find_recipe(config.deepspeed, "deepspeed", ".json")
+    file = config.deepspeed_file
     read_deepspeed(file)
     if config.compile:
         refuse_divided_weights(file)

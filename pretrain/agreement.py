@@ -15,6 +15,7 @@ from pretrain.data.shards import ShardSet
 from pretrain.engine.compiler import refuse_without_compiler
 from pretrain.engine.distributed import Processes, launched_world
 from pretrain.engine.preflight import Opened, Same, preflight
+from pretrain.files import sha256_of_file
 
 SAME_COMMAND = "start all processes with the same command line and the same recipe"
 SAME_DATA = "copy the same files to all nodes, or name a folder that all of them share"
@@ -58,9 +59,15 @@ def agreed_inputs(
     def same() -> list[Same]:
         fields = {name: json.dumps(value) for name, value in flat_fields(to_dict(config)).items()}
         read = {} if opened.inputs is None else files(opened.inputs)
-        return [Same(fields, SAME_COMMAND), Same(read, SAME_DATA)]
+        return [Same(fields, SAME_COMMAND), Same({**read, **engine_hash(config)}, SAME_DATA)]
 
     return preflight(processes, Path(config.out), opened, same)
+
+
+def engine_hash(config: RunConfig) -> dict[str, str]:
+    """Returns what tells the content of the DeepSpeed configuration, if there is one, from others of its name."""
+    file = config.deepspeed_file
+    return {"deepspeed": sha256_of_file(file)[:12]} if file else {}
 
 
 def fingerprints(field: str, *sets: ShardSet | None) -> dict[str, str]:

@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
+from pretrain.commandline import find_recipe
 from pretrain.data.config import DataConfig
 from pretrain.data.order import nearest_divisor, nearest_multiple
 from pretrain.engine.checkpoint import CheckpointConfig
@@ -91,6 +93,11 @@ class RunConfig:
     stopping: StoppingConfig = dataclasses.field(default_factory=StoppingConfig)
     """Limits of time."""
 
+    @property
+    def deepspeed_file(self) -> Path | None:
+        """The file of the DeepSpeed configuration, None without one; raises `Refused` where it is missing here."""
+        return find_recipe(self.deepspeed, "deepspeed", ".json") if self.deepspeed else None
+
     def validate(self) -> None:
         """Raises `Refused` for whatever is wrong, before anything is allocated."""
         self.validate_run()
@@ -122,7 +129,7 @@ class RunConfig:
         if data.global_batch % world:
             raise Refused(
                 f"data.global_batch: {data.global_batch} samples do not divide among {world} processes; use "
-                f"{nearest_multiple(data.global_batch, world, data.lanes)}"
+                f"{nearest_multiple(data.global_batch, world * data.micro_batch, data.lanes)}"
             )
         if data.global_batch % (world * data.micro_batch):
             raise Refused(

@@ -8,7 +8,7 @@ from pretrain.config import RunConfig
 from pretrain.data.balanced import SampleOrder
 from pretrain.data.order import Mixture, Order
 from pretrain.data.shards import ShardSet
-from pretrain.engine.checkpoint import find_checkpoint
+from pretrain.engine.checkpoint_search import find_checkpoint
 from pretrain.engine.run import CHECKPOINTS, refuse_changes
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from pretrain.commandline import find_recipe, met_by_every_rank, to_dict, to_yaml
+from pretrain.commandline import met_by_every_rank, to_dict, to_yaml
 from pretrain.config import RunConfig
 from pretrain.data.balanced import BalancedOrder, SampleOrder
 from pretrain.data.clips import ClipConfig
@@ -22,6 +22,7 @@ from pretrain.data.randomness import seed_of_set
 from pretrain.data.shard_cache import CacheConfig
 from pretrain.data.shards import ShardSet
 from pretrain.data.training_clips import TrainingClips
+from pretrain.engine.checkpoint_size import checkpoint_bytes_of
 from pretrain.engine.compiler import refuse_divided_weights
 from pretrain.engine.distributed import Processes, launched_world
 from pretrain.engine.optimizer import build_optimizer, members_of_groups
@@ -131,15 +132,25 @@ def start_processes(config: RunConfig) -> Processes:
     """Joins the other processes of the run.
 
     Raises:
-        Refused: The batch does not divide among them, or their devices cannot do what is asked for.
+        Refused: The batch does not divide among them, one has no DeepSpeed file, or their devices cannot do what is
+            asked for.
     """
     with met_by_every_rank():
         accumulation = config.accumulation(launched_world())
-        deepspeed = find_recipe(config.deepspeed, "deepspeed", ".json") if config.deepspeed else None
+    deepspeed, problem = None, None
+    try:
+        deepspeed = config.deepspeed_file
         if config.compile and deepspeed:
             refuse_divided_weights(deepspeed)
+    except Refused as error:  # of this node alone, perhaps
+        problem = str(error)
     processes = Processes(
-        config.precision, accumulation, config.data.micro_batch, config.optimizer.clip_grad, deepspeed
+        config.precision,
+        accumulation,
+        config.data.micro_batch,
+        config.optimizer.clip_grad,
+        deepspeed,
+        problem=problem,
     )
     set_up_logging(main_process=processes.is_main)
     return processes
@@ -240,7 +251,7 @@ def train(
     processes = run.processes
     batch = order.global_batch
     if run.first_step < steps:
-        run.checkpoints.refuse_without_room(sum(parameter.numel() for parameter in model.parameters()))
+        run.checkpoints.refuse_without_room(checkpoint_bytes_of(model, config.precision, config.deepspeed_file))
     if config.activation_checkpointing:
         recompute_activations(model)
     if config.compile:

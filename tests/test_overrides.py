@@ -5,7 +5,8 @@ import json
 import pytest
 
 from launch.cli import main
-from pretrain.engine.checkpoint import step_folders, verify
+from pretrain.engine.checkpoint_search import step_folders
+from pretrain.engine.manifest import verify
 from pretrain.engine.tracking import read_metrics
 from tests.runs import tiny_pretraining
 

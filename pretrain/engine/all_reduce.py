@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed
 
-from pretrain.engine.devices import host_name
+from pretrain.engine.devices import NETWORK, host_name
 from pretrain.engine.distributed import Processes
 from pretrain.errors import EXIT_REFUSED, TubeletError
 
@@ -19,10 +19,6 @@ WITHIN_S = 60.0
 PAYLOAD_BYTES = {"cuda": 256 << 20, "cpu": 8 << 20}
 SMALL_ROUNDS = 20
 LARGE_ROUNDS = 3
-NETWORK = (
-    "see that the nodes reach each other on all ports, and name the network interface that joins them in "
-    "NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME; NCCL_DEBUG=INFO tells more"
-)
 
 
 class AllReduce(NamedTuple):
@@ -92,11 +88,17 @@ def _synchronise(tensor: torch.Tensor) -> None:
 
 
 @contextlib.contextmanager
-def ended_after(seconds: float, doing: str) -> Iterator[None]:
-    """Ends the process where what is inside takes longer: it may wait in C code, which no exception reaches."""
+def ended_after(seconds: float, doing: str, remedy: str = NETWORK) -> Iterator[None]:
+    """Ends the process where what is inside takes longer: it may wait in C code, which no exception reaches.
+
+    Args:
+        seconds: How long it may take.
+        doing: What it does, for the line that is told then.
+        remedy: What to do about it.
+    """
 
     def end() -> None:
-        print(f"tubelet: {doing}: no answer within {seconds:g} s on {host_name()}; {NETWORK}", file=sys.stderr)
+        print(f"tubelet: {doing}: no answer within {seconds:g} s on {host_name()}; {remedy}", file=sys.stderr)
         sys.stderr.flush()
         os._exit(EXIT_REFUSED)
 

@@ -7,8 +7,7 @@
 Every rank writes at once, or copies its part into host memory and lets a thread write it while training goes on. The
 order of things is the same: all ranks commit together, later, once all have written.
 
-Resuming takes the newest folder whose manifest verifies and says why it passed over others. A folder that holds
-checkpoints of which none can be read is an error, never a fresh start.
+Which of them a run goes on from is decided in `checkpoint_search.py`.
 """
 
 import dataclasses
@@ -22,9 +21,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from pretrain.engine.checkpoint_search import step_folders
 from pretrain.engine.distributed import Processes
 from pretrain.engine.failures import has_room, means_full_disk
-from pretrain.engine.manifest import OtherFormat, Saved, size_bytes, verify, write_manifest
+from pretrain.engine.manifest import Saved, size_bytes, verify, write_manifest
 from pretrain.engine.ownership import RunLock
 from pretrain.engine.rank_files import OPTIMIZER, WEIGHTS, RankFiles, Report, zero_stage
 from pretrain.engine.universal import (
@@ -41,8 +41,6 @@ from pretrain.files import sync_file
 logger = logging.getLogger(__name__)
 
 PROBE_BYTES = 1 << 20
-BYTES_A_PARAMETER = 12
-"""A weight and the two moments of AdamW in full precision; engines that keep more only make a checkpoint larger."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,13 +107,17 @@ class Checkpoints:
         for stale in self.folder.glob("*-*.tmp-*"):
             shutil.rmtree(stale)
 
-    def refuse_without_room(self, parameters: int) -> None:
-        """Raises `DiskFull` where one more checkpoint, of so many parameters, finds no room; every rank calls it."""
+    def refuse_without_room(self, first_bytes: int) -> None:
+        """Raises `DiskFull` where one more checkpoint finds no room; every rank calls it.
+
+        Args:
+            first_bytes: What the first one will take; later ones take what the one before takes.
+        """
 
         def refuse() -> None:
             before = step_folders(self.folder)
-            needed = size_bytes(before[-1]) if before else parameters * BYTES_A_PARAMETER
-            why = f"as {before[-1].name} takes" if before else f"for {parameters / 1e6:.1f} million parameters"
+            needed = size_bytes(before[-1]) if before else first_bytes
+            why = f"as {before[-1].name} takes" if before else "for weights and the optimiser's state"
             self._refuse_full_disk(f"{self.folder}: the next checkpoint", needed, why)
 
         self.processes.on_main_only(refuse)
@@ -352,63 +354,3 @@ def refuse_other_engine(saved: Saved, processes: Processes) -> None:
             f"{saved.folder}: was written by {there['name']} with {there['world']} processes and cannot be read by "
             f"{here['name']} with {here['world']}; start with the same --deepspeed"
         )
-
-
-def step_folders(folder: Path) -> list[Path]:
-    """Returns the committed checkpoints in a folder, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir() and ".tmp-" not in path.name)
-
-
-def find_checkpoint(folder: Path, resume: str) -> Saved | None:
-    """Finds the checkpoint to go on from.
-
-    A run that was begun with `never` or from a named checkpoint goes on like any other when it is started again by the
-    same command.
-
-    Args:
-        folder: The run's `checkpoints/`.
-        resume: `auto` for the newest that verifies, `never` for none, or a checkpoint's folder.
-
-    Returns:
-        The checkpoint, or None where the run starts afresh.
-
-    Raises:
-        Refused: None of the checkpoints can be read, the named one cannot, the newest one is of another format, or the
-            start would bury existing ones.
-    """
-    candidates = step_folders(folder)
-    newest = _newest_whole(candidates)
-    if resume == "auto" and candidates and newest is None:
-        raise Refused(
-            f"{folder}: none of its {len(candidates)} checkpoints can be read; restore one, or start afresh with "
-            f"another --out"
-        )
-    if resume == "auto" or (newest and newest.state.get("begun") == beginning(resume)):
-        return newest
-    if resume == "never":
-        if candidates:
-            raise Refused(f"{folder}: holds checkpoints, and --resume never would bury them; give another --out")
-        return None
-    saved = verify(Path(resume))
-    newer = [candidate.name for candidate in candidates if candidate.name > f"step-{saved.step:08d}"]
-    if newer:
-        raise Refused(
-            f"{folder}: holds {newer[-1]}, which is newer than {resume}; give another --out or remove what is newer"
-        )
-    return saved
-
-
-def beginning(resume: str) -> str:
-    """Returns what checkpoints note of how their run began: `auto`, `never`, or the whole path of a checkpoint."""
-    return resume if resume in ("auto", "never") else str(Path(resume).resolve())
-
-
-def _newest_whole(candidates: list[Path]) -> Saved | None:
-    for candidate in reversed(candidates):
-        try:
-            return verify(candidate)
-        except OtherFormat:
-            raise
-        except Refused as error:
-            logger.warning("passed over %s", error)
-    return None

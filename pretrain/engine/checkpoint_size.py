@@ -4,11 +4,14 @@ A checkpoint is weights and AdamW's state in the form that the engine keeps them
 shapes, DeepSpeed's scripts, the manifest) is some hundred bytes for each tensor and is left out.
 """
 
+from pathlib import Path
 from typing import NamedTuple
+
+from torch import nn
 
 from pretrain.engine.checkpoint import CheckpointConfig
 from pretrain.engine.distributed import Precision
-from pretrain.engine.memory import FULL, HALF, MOMENTS, Zero
+from pretrain.engine.memory import FULL, HALF, MOMENTS, Zero, read_zero
 
 
 class KeptCheckpoints(NamedTuple):
@@ -41,6 +44,19 @@ def checkpoint_bytes(parameters: int, constants: int, precision: Precision, zero
     if zero is None or (zero.stage == 0 and size == FULL):
         master = 0  # the weights are that already
     return weights + master + size * constants + MOMENTS * parameters
+
+
+def checkpoint_bytes_of(model: nn.Module, precision: Precision, deepspeed: Path | None) -> int:
+    """Returns the bytes of one checkpoint of a model, which may be on the meta device.
+
+    Args:
+        model: The model, not yet prepared for training.
+        precision: Arithmetic of the forward and backward pass.
+        deepspeed: File of a DeepSpeed configuration, or None for plain data parallelism.
+    """
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    constants = sum(value.numel() for value in model.state_dict().values()) - parameters
+    return checkpoint_bytes(parameters, constants, precision, read_zero(deepspeed) if deepspeed else None)
 
 
 def kept_checkpoints(steps: int, config: CheckpointConfig) -> KeptCheckpoints:

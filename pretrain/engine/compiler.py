@@ -1,6 +1,5 @@
 """What torch.compile needs of a machine and of a run, asked before it starts and not found out at its first step."""
 
-import json
 import os
 import shutil
 import sysconfig
@@ -9,16 +8,13 @@ from pathlib import Path
 import torch
 from torch.utils._triton import has_triton
 
+from pretrain.engine.distributed import read_deepspeed
 from pretrain.errors import Refused
 
 
 def refuse_divided_weights(deepspeed: Path) -> None:
     """Raises `Refused` if a DeepSpeed file asks for ZeRO 3, under which torch.compile finds weights of no length."""
-    try:
-        stage = json.loads(deepspeed.read_text())["zero_optimization"]["stage"]
-    except (ValueError, KeyError, TypeError):
-        return  # what is wrong with it, or left out of it, is another's to tell
-    if stage == 3:
+    if read_deepspeed(deepspeed).get("zero_optimization", {}).get("stage") == 3:
         raise Refused(f"compile: does not go with ZeRO 3 of deepspeed {deepspeed}; use zero2, or leave compile out")
 
 

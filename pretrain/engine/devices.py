@@ -5,13 +5,15 @@ gloo for others that wait in one over NCCL, half an hour long and without a word
 writes into the launcher's key-value store what it computes on, and all end together where that does not fit.
 """
 
+import contextlib
 import datetime
 import itertools
 import json
 import os
+import re
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -28,6 +30,13 @@ READ_WITHIN_S = 10.0
 MOST_HOSTS = 3
 """How many hosts an error names."""
 ALL_GPUS = "let each process see all GPUs of its node (no --gpus-per-task, no --gpu-bind), and start one for each GPU"
+NETWORK = (
+    "see that the nodes reach each other on all ports, and name the network interface that joins them in "
+    "NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME; NCCL_DEBUG=INFO tells more"
+)
+"""What to do where the ranks cannot talk to each other."""
+NO_INTERFACE = ("Unable to find address for", "no socket interface found")
+"""What gloo and NCCL say where a variable names an interface that the node lacks."""
 FIRST_WITH_BF16 = (8, 0)
 """Compute capability of the first GPUs that compute in bf16 (Ampere); older ones only imitate it."""
 
@@ -131,7 +140,7 @@ def agree_on_devices(here: Device, within_s: float | None = None) -> Any:
         devices = [Device(*json.loads(one)) for one in told]
         refuse_unfit(devices)
     except torch.distributed.DistError as error:
-        raise TubeletError(f"the launcher's store: does not answer ({_in_one_line(error)}); start again") from None
+        raise TubeletError(f"the launcher's store: does not answer ({_first_line(error)}); start again") from None
     except Refused as error:
         error.told = True
         store.add(f"{prefix}/read", 1)
@@ -139,6 +148,27 @@ def agree_on_devices(here: Device, within_s: float | None = None) -> Any:
             _wait_for_readers(store, f"{prefix}/read", world)
         raise
     return store
+
+
+@contextlib.contextmanager
+def network_told() -> Iterator[None]:
+    """Raises in one line what gloo, NCCL or torch's store meet on the network inside.
+
+    Raises:
+        Refused: A variable names an interface that this node lacks; each node may meet that alone.
+        TubeletError: Anything else, such as another node that was lost; starting again may mend it.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if not isinstance(error, torch.distributed.DistError) and "gloo" not in text.lower():
+            raise
+        reason = re.sub(r"^\[enforce fail at \S+\] [^.]*\. ", "", _first_line(error))
+        if "Last error:" in text:  # where NCCL tells what it met
+            reason = text.strip().splitlines()[-1]
+        kind = Refused if any(words in text for words in NO_INTERFACE) else TubeletError
+        raise kind(f"network: {reason.rstrip('.')}; {NETWORK}") from None
 
 
 def _meet(within_s: float) -> tuple[Any, int, int]:
@@ -155,7 +185,7 @@ def _meet(within_s: float) -> tuple[Any, int, int]:
         raise TubeletError(f"MASTER_ADDR: {place} cannot be reached from {host_name()}; {remedy}") from None
     except torch.distributed.DistStoreError as error:
         remedy = "see why the others have not started, and whether they reach this address and port"
-        raise TubeletError(f"MASTER_ADDR: not all ranks came to {place}: {_in_one_line(error)}; {remedy}") from None
+        raise TubeletError(f"MASTER_ADDR: not all ranks came to {place}: {_first_line(error)}; {remedy}") from None
 
 
 def _wait_for_readers(store: Any, key: str, world: int) -> None:
@@ -164,5 +194,5 @@ def _wait_for_readers(store: Any, key: str, world: int) -> None:
         time.sleep(0.01)
 
 
-def _in_one_line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0].rstrip(".")

@@ -20,7 +20,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from pretrain.engine.devices import Precision, agree_on_devices, device_here, host_name, refuse_unfit
+from pretrain.engine.devices import Precision, agree_on_devices, device_here, host_name, network_told, refuse_unfit
 from pretrain.engine.failures import told_by_main
 from pretrain.errors import Refused, TubeletError
 
@@ -44,12 +44,13 @@ class Processes:
         clip_grad: Greatest gradient norm, or None.
         deepspeed: File of a DeepSpeed configuration, or None for plain data parallelism.
         meet_within_s: How long to wait for processes that have not started yet; None is as long as torch waits.
+        problem: Why this one cannot take part, with the remedy, which all are told when they meet; None if it can.
 
     Raises:
-        Refused: A device cannot compute in `precision`, only some nodes have GPUs, or accelerate's own settings
-            contradict the arguments.
-        TubeletError: Not all processes came, or accelerate or DeepSpeed believes in another number of them than the
-            launcher started.
+        Refused: One cannot take part, a device cannot compute in `precision`, only some nodes have GPUs, this node
+            lacks the network interface that a variable names, or accelerate's own settings contradict the arguments.
+        TubeletError: Not all processes came, the network fails, or accelerate or DeepSpeed believes in another number
+            of them than the launcher started.
     """
 
     def __init__(
@@ -60,11 +61,17 @@ class Processes:
         clip_grad: float | None = None,
         deepspeed: Path | None = None,
         meet_within_s: float | None = None,
+        problem: str | None = None,
     ) -> None:
         """Joins the process group that the launcher's environment variables describe."""
-        _refuse_plugins(allowed="ACCELERATE_USE_DEEPSPEED" if deepspeed else None)
+        _refuse_plugins(allowed="ACCELERATE_USE_DEEPSPEED" if deepspeed or problem else None)
         on_gpu = torch.cuda.is_available()
-        content = _completed(deepspeed, precision, accumulation, micro_batch, clip_grad) if deepspeed else None
+        content = None
+        try:
+            if deepspeed:
+                content = _completed(deepspeed, precision, accumulation, micro_batch, clip_grad)
+        except Refused as error:
+            problem = str(error)
         if not on_gpu:
             os.environ["DS_ACCELERATOR"] = "cpu"
         from accelerate import Accelerator
@@ -74,35 +81,41 @@ class Processes:
         self.uses_deepspeed = deepspeed is not None
         if _started_by_srun():
             _describe_srun()
-        self._store = self._compare_devices(precision, meet_within_s)
+        self._store = self._compare_devices(precision, meet_within_s, problem)
         if self.uses_deepspeed:
             _describe_single_process()
             if not on_gpu:
                 _spare_compiler()
         grouped = self.uses_deepspeed or launched_world() > 1
         handlers = [InitProcessGroupKwargs(backend="nccl" if on_gpu else "gloo")] if grouped else []
-        self.accelerator = Accelerator(
-            cpu=None if on_gpu or self.uses_deepspeed else True,
-            mixed_precision="no" if precision == "fp32" else precision,
-            gradient_accumulation_steps=accumulation,
-            deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=content) if content else None,
-            kwargs_handlers=handlers,
-            step_scheduler_with_optimizer=False,
-        )
         self.world: int = launched_world()
+        try:
+            with network_told():
+                self.accelerator = Accelerator(
+                    cpu=None if on_gpu or self.uses_deepspeed else True,
+                    mixed_precision="no" if precision == "fp32" else precision,
+                    gradient_accumulation_steps=accumulation,
+                    deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=content) if content else None,
+                    kwargs_handlers=handlers,
+                    step_scheduler_with_optimizer=False,
+                )
+        except TubeletError:
+            self._leave()
+            raise
         self.rank: int = self.accelerator.process_index
         self.device: torch.device = self.accelerator.device
         try:
             self._check_beliefs(accumulation)
+            # Small messages go over gloo, so that they never wait for the GPU.
+            self._messages = _message_group() if self.world > 1 else None
         except TubeletError:
             self.__exit__()
             raise
-        # Small messages go over gloo, so that they never wait for the GPU.
-        self._messages = _message_group() if self.world > 1 else None
 
-    def _compare_devices(self, precision: Precision, meet_within_s: float | None) -> Any:
-        """Raises where the ranks' devices do not fit; returns the store in which they were compared, if any was."""
+    def _compare_devices(self, precision: Precision, meet_within_s: float | None, problem: str | None) -> Any:
+        """Raises where ranks have problems or their devices do not fit; returns the store in which they were told."""
         here = device_here(precision)
+        here = here._replace(problem=problem or here.problem)
         try:
             if launched_world() > 1 and {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
                 return agree_on_devices(here, meet_within_s)
@@ -190,8 +203,9 @@ class Processes:
             return self.on_main_only(lambda: future.result() if future else None)
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
-        """Wraps model and optimiser for this world; raises `TubeletError` if DeepSpeed sees another world."""
-        model, optimizer = self.accelerator.prepare(model, optimizer)
+        """Wraps model and optimiser for this world; raises `TubeletError` if DeepSpeed sees another, or the network."""
+        with network_told():  # NCCL first speaks here
+            model, optimizer = self.accelerator.prepare(model, optimizer)
         if self.uses_deepspeed and torch.distributed.get_world_size() != self.world:
             raise TubeletError(
                 f"DeepSpeed runs with {torch.distributed.get_world_size()} processes, but the launcher started "
@@ -205,13 +219,16 @@ class Processes:
 
     def __exit__(self, *error: object) -> None:
         """Leaves the process group, so that the same process can start another run."""
+        self.accelerator.free_memory()
+        self._leave()
+
+    def _leave(self) -> None:
         from accelerate.state import AcceleratorState, GradientState
 
-        self.accelerator.free_memory()
         self._store = None
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-        if self.uses_deepspeed:
+        if torch.distributed.is_initialized() and self.uses_deepspeed:
             import deepspeed.comm
 
             deepspeed.comm.destroy_process_group()  # and what DeepSpeed keeps of it
@@ -234,7 +251,8 @@ def _is_over(future: Future) -> bool:
 
 
 def _message_group() -> torch.distributed.ProcessGroup:
-    group = torch.distributed.new_group(backend="gloo")
+    with network_told():
+        group = torch.distributed.new_group(backend="gloo")
     assert isinstance(group, torch.distributed.ProcessGroup), "every rank is a member"
     return group
 
@@ -352,8 +370,12 @@ def _spare_compiler() -> None:
 def read_deepspeed(file: Path) -> dict[str, Any]:
     """Returns the content of a DeepSpeed file; raises `Refused` if it is none, or asks for a stage that ZeRO lacks."""
     try:
-        content = dict(json.loads(file.read_text()))
+        content = json.loads(file.read_text())
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
         stage = dict(content.get("zero_optimization", {})).get("stage", 0)
+    except OSError as error:
+        raise Refused(f"{file}: cannot be read ({error.strerror}); name a file that every node can read") from None
     except (ValueError, TypeError) as error:
         raise Refused(f"{file}: is not a DeepSpeed configuration in JSON ({error}); mend it") from None
     if stage not in ZERO_STAGES:
@@ -366,6 +388,7 @@ def _completed(
 ) -> dict[str, Any]:
     """Returns the content of a DeepSpeed file, completed with what the run's own configuration decides."""
     content = read_deepspeed(file)
+    content.setdefault("zero_optimization", {"stage": 0})  # DeepSpeed's default, which accelerate wants told
     content["train_micro_batch_size_per_gpu"] = micro_batch
     content["gradient_accumulation_steps"] = accumulation
     content["gradient_clipping"] = clip_grad or 0.0

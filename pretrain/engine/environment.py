@@ -8,12 +8,15 @@ are taken, and secrets are removed from all texts (`redaction.py`).
 import functools
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,8 @@ from pretrain.engine.devices import host_name
 from pretrain.engine.redaction import arguments_without_secrets, is_secret_name, without_secrets
 from pretrain.engine.versions import installed_versions, version_of
 from pretrain.files import write_text
+
+logger = logging.getLogger(__name__)
 
 ENVIRONMENT = "environment.jsonl"
 TAKEN = (
@@ -43,7 +48,8 @@ TAKEN = (
     *("APPTAINER_CONTAINER", "APPTAINER_NAME", "SINGULARITY_CONTAINER", "HF_HUB_OFFLINE", "PYTHONHASHSEED"),
 )
 """Variables that are noted: these, and those that begin so where a name ends in `_`."""
-GIT_PATIENCE_S = 10
+PATIENCE_S = 10.0
+"""How long the state of the code may take to be told, all questions to git together."""
 DIFFERING_FILES = 50
 """Files with changes that are listed; of more only the sum is told."""
 
@@ -61,7 +67,7 @@ def describe_attempt(
     environment: Mapping[str, str] | None = None,
     arguments: list[str] | None = None,
 ) -> dict[str, Any]:
-    """Returns what an attempt runs on.
+    """Returns what an attempt runs on; what cannot be told is left out with a warning, and never ends the run.
 
     Args:
         attempt: Its number.
@@ -71,22 +77,46 @@ def describe_attempt(
         arguments: The command line; by default this process's.
     """
     variables = dict(os.environ if environment is None else environment)
-    report = {
-        "attempt": attempt,
-        "step": first_step,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": arguments_without_secrets(sys.orig_argv if arguments is None else arguments, variables),
-        "folder": os.getcwd(),
-        "launcher": launcher_of(variables),
-        "job": variables.get("SLURM_JOB_ID"),
-        "world": len(ranks),
-        "hosts": _hosts_of(ranks),
-        "code": describe_code(Path(__file__).parents[2]),
-        "versions": _versions(),
-        "system": platform.platform(),
-        "variables": {name: value for name, value in sorted(variables.items()) if _is_noted(name)},
+    parts: dict[str, Callable[[], Any]] = {
+        "started": lambda: time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": lambda: arguments_without_secrets(sys.orig_argv if arguments is None else arguments, variables),
+        "folder": os.getcwd,
+        "launcher": lambda: launcher_of(variables),
+        "job": lambda: variables.get("SLURM_JOB_ID"),
+        "world": lambda: len(ranks),
+        "hosts": lambda: _hosts_of(ranks),
+        "code": lambda: _in_time(lambda: describe_code(Path(__file__).parents[2])),
+        "versions": _versions,
+        "system": platform.platform,
+        "variables": lambda: {name: value for name, value in sorted(variables.items()) if _is_noted(name)},
     }
-    return without_secrets(report, variables)
+    report: dict[str, Any] = {"attempt": attempt, "step": first_step}
+    missing = []
+    for name, tell in parts.items():
+        try:
+            report[name] = without_secrets(tell(), variables)
+        except Exception as error:  # whatever it is, a run does not end because it cannot describe itself
+            missing.append(f"{name} ({' '.join(f'{type(error).__name__} {error}'.split())})")
+    if missing:
+        logger.warning("%s: cannot tell %s of this attempt; it goes on without", ENVIRONMENT, ", ".join(missing))
+    return report
+
+
+def _in_time(action: Callable[[], Any]) -> Any:
+    """Returns what an action returns, or raises that it took too long: a file system that hangs holds its thread."""
+    future: Future[Any] = Future()
+
+    def act() -> None:
+        try:
+            future.set_result(action())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=act, daemon=True).start()
+    try:
+        return future.result(timeout=PATIENCE_S)
+    except TimeoutError:
+        raise TimeoutError(f"no answer within {PATIENCE_S:g} s") from None
 
 
 def note_attempt(out: Path, report: dict[str, Any]) -> None:
@@ -137,7 +167,7 @@ def _ask_git(folder: Path, *command: str) -> tuple[str | None, str]:
             env=environment | {"GIT_OPTIONAL_LOCKS": "0"},
             capture_output=True,
             text=True,
-            timeout=GIT_PATIENCE_S,
+            timeout=2 * PATIENCE_S,  # when nobody waits for it any more
             errors="replace",
         )
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -7,10 +7,9 @@ its 16-bit gradients. Activations are counted in `activations.py`.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
-from pretrain.engine.distributed import Precision
+from pretrain.engine.distributed import Precision, read_deepspeed
 from pretrain.errors import Refused
 
 FULL, HALF = 4, 2
@@ -72,14 +71,11 @@ class StateBytes:
 
 def read_zero(file: Path) -> Zero:
     """Returns what a DeepSpeed configuration says of memory; raises `Refused` if it is none."""
+    content = read_deepspeed(file).get("zero_optimization", {})
     try:
-        content = dict(json.loads(file.read_text()).get("zero_optimization", {}))
-        stage = int(content.get("stage", 0))
-        if stage not in range(4):
-            raise ValueError(f"zero_optimization.stage is {stage}")
         live = [content.get(f"stage3_{name}", LIVE_ELEMENTS) for name in ("max_live_parameters", "max_reuse_distance")]
         return Zero(
-            stage,
+            content.get("stage", 0),
             int(content.get("reduce_bucket_size", BUCKET_ELEMENTS)),
             bool(content.get("overlap_comm", False)),
             bool(content.get("contiguous_gradients", True)),

@@ -9,18 +9,12 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from pretrain.engine.checkpoint import (
-    CheckpointConfig,
-    Checkpoints,
-    Saved,
-    beginning,
-    engine_kind,
-    find_checkpoint,
-    refuse_other_engine,
-)
+from pretrain.engine.checkpoint import CheckpointConfig, Checkpoints, engine_kind, refuse_other_engine
+from pretrain.engine.checkpoint_search import beginning, find_checkpoint
 from pretrain.engine.distributed import Processes
 from pretrain.engine.environment import describe_attempt, describe_rank, note_attempt
 from pretrain.engine.failures import means_full_disk
+from pretrain.engine.manifest import Saved
 from pretrain.engine.ownership import RunLock
 from pretrain.engine.preemption import StoppingConfig, StopRequests
 from pretrain.engine.profiling import PROFILE

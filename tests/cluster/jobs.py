@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pretrain.engine.checkpoint import step_folders
+from pretrain.engine.checkpoint_search import step_folders
 from tests.cluster.slurm_cluster import SlurmCluster, wait_until
 
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1")

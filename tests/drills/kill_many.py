@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from pretrain.engine.checkpoint import find_checkpoint
+from pretrain.engine.checkpoint_search import find_checkpoint
 from pretrain.engine.tracking import read_metrics
 from pretrain.errors import Refused
 from tests.runs import Started, run, start, tiny_pretraining

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from launch.cli import main
-from pretrain.engine.checkpoint import find_checkpoint, step_folders
+from pretrain.engine.checkpoint_search import find_checkpoint, step_folders
 from pretrain.engine.tracking import read_metrics
 from pretrain.errors import Refused
 from tests.runs import tiny_pretraining

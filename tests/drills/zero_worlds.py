@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from pretrain.engine.checkpoint import step_folders, verify
+from pretrain.engine.checkpoint_search import step_folders
+from pretrain.engine.manifest import verify
 from pretrain.engine.tracking import read_metrics
 from pretrain.engine.universal import convert
 from tests.runs import run, tiny_pretraining

@@ -10,16 +10,10 @@ from torch import nn
 
 from pretrain.commandline import find_recipe
 from pretrain.engine import manifest as manifests
-from pretrain.engine.checkpoint import (
-    CheckpointConfig,
-    Checkpoints,
-    beginning,
-    engine_kind,
-    find_checkpoint,
-    step_folders,
-    verify,
-)
+from pretrain.engine.checkpoint import CheckpointConfig, Checkpoints, engine_kind
+from pretrain.engine.checkpoint_search import beginning, find_checkpoint, step_folders
 from pretrain.engine.distributed import Processes
+from pretrain.engine.manifest import verify
 from pretrain.engine.ownership import RunLock
 from pretrain.errors import Refused, StoppedByRule, TubeletError
 

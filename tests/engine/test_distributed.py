@@ -8,6 +8,7 @@ import torch
 
 from pretrain.data.loader import MicroBatches
 from pretrain.data.order import Order
+from pretrain.engine.devices import NETWORK, network_told
 from pretrain.engine.distributed import (
     LAUNCHER_VARIABLES,
     Processes,
@@ -16,7 +17,7 @@ from pretrain.engine.distributed import (
     launched_rank,
     launched_world,
 )
-from pretrain.errors import EXIT_FAILED, Refused, TubeletError
+from pretrain.errors import EXIT_FAILED, EXIT_REFUSED, Refused, TubeletError
 
 ORDER = Order((5, 7, 3, 9), seed=4, lanes=4, shards_per_window=2, global_batch=8)
 
@@ -149,12 +150,25 @@ def test_an_accelerate_that_was_told_another_accumulation_is_refused_and_leaves_
         assert processes.accelerator.gradient_accumulation_steps == 3
 
 
-@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_a_deepspeed_file_that_says_nothing_of_zero_divides_nothing(tmp_path):
+    (tmp_path / "zero.json").write_text("{}")
+    with Processes(deepspeed=tmp_path / "zero.json") as processes:
+        assert processes.accelerator.state.deepspeed_plugin.zero_stage == 0
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "[]"])
 def test_a_deepspeed_file_that_holds_something_else_is_refused_by_name(tmp_path, content):
     path = tmp_path / "zero.json"
     path.write_text(content)
     with pytest.raises(Refused, match=r"zero\.json: is not a DeepSpeed configuration in JSON"):
         Processes(deepspeed=path)
+
+
+def test_what_one_process_lacks_is_told_when_they_meet(tmp_path):
+    with pytest.raises(Refused, match=r"^zero9: is no file$"):
+        Processes(problem="zero9: is no file")
+    with pytest.raises(Refused, match=r"zero\.json: cannot be read \(No such file or directory\); name a file that"):
+        Processes(deepspeed=tmp_path / "zero.json")
 
 
 @pytest.mark.parametrize("name", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"])
@@ -169,3 +183,30 @@ def test_an_accelerate_that_believes_in_another_world_than_the_launcher_is_caugh
         monkeypatch.setenv("WORLD_SIZE", "2")
         with pytest.raises(TubeletError, match="accelerate believes in 1 processes, but the launcher started 2"):
             Processes()
+
+
+NCCL_TOLD = """NCCL error in: NCCLUtils.cpp:94, internal error - please report this issue to the NCCL developers
+ncclInternalError: Internal check failed.
+Last error:
+"""
+
+
+@pytest.mark.parametrize(
+    ("reason", "kind", "code"),
+    [
+        ("Bootstrap : no socket interface found", Refused, EXIT_REFUSED),
+        ("socketStartConnect: Connect to 10.0.0.1<29500> failed : Connection refused", TubeletError, EXIT_FAILED),
+    ],
+)
+def test_a_network_that_fails_is_told_by_its_reason_and_is_only_refused_where_starting_again_is_useless(
+    reason, kind, code
+):
+    with pytest.raises(kind) as failed, network_told():
+        raise torch.distributed.DistBackendError(NCCL_TOLD + reason)
+    assert str(failed.value) == f"network: {reason}; {NETWORK}"
+    assert failed.value.exit_code == code
+
+
+def test_an_error_that_has_nothing_to_do_with_the_network_is_left_as_it_is():
+    with pytest.raises(RuntimeError, match="size mismatch"), network_told():
+        raise RuntimeError("size mismatch")

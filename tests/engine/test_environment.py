@@ -1,8 +1,10 @@
 """What an attempt runs on is noted: code, versions, hosts, job, command and variables, without secrets."""
 
 import json
+import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,30 @@ def test_an_installed_package_is_told_as_such_even_inside_somebody_elses_reposit
 def test_a_repository_that_git_cannot_read_is_told_with_gits_words(checkout):
     (checkout / ".git" / "HEAD").write_text("nonsense")
     assert "not a git repository" in describe_code(checkout)["source"]
+
+
+def test_a_git_that_does_not_answer_and_a_folder_that_is_gone_are_left_out_with_one_warning(
+    tmp_path, monkeypatch, caplog
+):
+    slow = tmp_path / "bin" / "git"
+    slow.parent.mkdir()
+    slow.write_text("#!/bin/sh\nexec sleep 2\n")
+    slow.chmod(0o755)
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    monkeypatch.setenv("PATH", str(slow.parent), prepend=os.pathsep)
+    monkeypatch.setattr("pretrain.engine.environment.PATIENCE_S", 0.2)
+    describe_code.cache_clear()
+    started = time.monotonic()
+    report = describe_attempt(3, 20, RANKS, {"SLURM_JOB_ID": "7"}, [])
+    assert time.monotonic() - started < 1.5
+    assert (report["attempt"], report["step"], report["job"]) == (3, 20, "7")
+    assert not {"code", "folder"} & report.keys()
+    (warning,) = caplog.messages
+    assert "cannot tell folder (FileNotFoundError" in warning
+    assert "code (TimeoutError no answer within 0.2 s) of this attempt" in warning
 
 
 def test_hosts_stand_with_their_ranks_and_devices_in_the_order_of_the_ranks():

@@ -13,7 +13,8 @@ from torch import nn
 
 from pretrain.commandline import find_recipe
 from pretrain.data.loader import NoSubstitute
-from pretrain.engine.checkpoint import CheckpointConfig, Checkpoints, engine_kind, find_checkpoint, step_folders
+from pretrain.engine.checkpoint import CheckpointConfig, Checkpoints, engine_kind
+from pretrain.engine.checkpoint_search import find_checkpoint, step_folders
 from pretrain.engine.distributed import Processes
 from pretrain.engine.ownership import RunLock
 from pretrain.engine.saving import Exported, Saving, whole_weights

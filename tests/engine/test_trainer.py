@@ -21,7 +21,8 @@ from pretrain.data.loader import Batch, MicroBatches
 from pretrain.data.order import Order
 from pretrain.data.shards import ShardSet
 from pretrain.data.training_clips import Costs
-from pretrain.engine.checkpoint import CheckpointConfig, Checkpoints, engine_kind, find_checkpoint, step_folders
+from pretrain.engine.checkpoint import CheckpointConfig, Checkpoints, engine_kind
+from pretrain.engine.checkpoint_search import find_checkpoint, step_folders
 from pretrain.engine.distributed import Processes
 from pretrain.engine.optimizer import OptimizerConfig
 from pretrain.engine.ownership import RunLock

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from pretrain.commandline import find_recipe
-from pretrain.engine.checkpoint import CheckpointConfig, Checkpoints, engine_kind, find_checkpoint
+from pretrain.engine.checkpoint import CheckpointConfig, Checkpoints, engine_kind
+from pretrain.engine.checkpoint_search import find_checkpoint
 from pretrain.engine.distributed import Precision, Processes
 from pretrain.engine.manifest import Saved, verify
 from pretrain.engine.ownership import RunLock

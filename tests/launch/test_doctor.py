@@ -1,7 +1,9 @@
 """`tubelet doctor`: one line a check, exit code 0 if nothing failed, and what is broken is told with its remedy."""
 
+import os
 import re
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -9,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
+from launch.doctor import HANGING
 from launch.doctor_checks import CHECKS
+from pretrain.engine.all_reduce import ended_after
 from pretrain.engine.wandb_server import unreachable_because
 from tests.runs import run, tiny_pretraining
 from tests.videos import make_video
@@ -51,7 +55,7 @@ def test_without_arguments_what_needs_them_is_not_checked(capsys, tmp_path, monk
     code, found = doctor(capsys)
     assert code == 0
     assert {name for name, (status, _) in found.items() if status == "not checked"} == {
-        *("configuration", "all-reduce", "shards")
+        *("configuration", "all-reduce", "shards", "checkpoints")
     }
 
 
@@ -83,6 +87,14 @@ def test_a_stage_that_zero_does_not_have_is_refused(recipe, tmp_path, capsys):
         "failed",
         f"{file}: zero_optimization.stage: 5 is no stage of ZeRO; use 0, 1, 2 or 3",
     )
+
+
+def test_the_disk_is_asked_for_all_checkpoints_that_the_run_will_keep(recipe, tmp_path, capsys):
+    options = ["--config", recipe, "--epochs", 6, "--out", tmp_path / "run", "--checkpoint.every", 1]
+    _, found = doctor(capsys, *options)
+    assert found["disk"][1].endswith("up to 3 at a time")
+    _, found = doctor(capsys, *options, "--checkpoint.keep_every", 2)
+    assert found["disk"][1].endswith("up to 7 at a time")  # 2, 4, 6, 8 for good, and 10, 11, 12
 
 
 def test_a_damaged_shard_is_found_where_a_sample_of_it_is_read(recipe, tmp_path, capsys):
@@ -155,3 +167,28 @@ def test_two_processes_sum_a_tensor_and_see_each_others_files(recipe, tmp_path):
     assert found["run folder"][1].endswith(f"{tmp_path / 'run'} can be written and all see it")
     assert ended.outputs[1].read_text() == ""
     assert not (tmp_path / "run").exists()
+
+
+def test_a_network_interface_that_is_not_there_is_refused_in_one_line_with_its_name(tmp_path):
+    ended = run("launch", ["doctor"], tmp_path, world=2, environment={"GLOO_SOCKET_IFNAME": "nowhere0"})
+    assert ended.codes == [2, 2], ended.text
+    (line,) = [line for line in ended.text.splitlines() if line.startswith("tubelet:")]
+    assert line.startswith(
+        "tubelet: network: Unable to find address for: nowhere0; see that the nodes reach each other"
+    )
+    assert "Traceback" not in ended.text
+
+
+def test_a_check_that_hangs_ends_its_process_and_tells_what_to_look_at():
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        sys.stderr = os.fdopen(writing, "w")
+        with ended_after(0.1, "disk", HANGING["disk"]):
+            time.sleep(60)
+    os.close(writing)
+    with os.fdopen(reading) as said:
+        text = said.read()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+    assert text.startswith("tubelet: disk: no answer within 0.1 s on ")
+    assert text.endswith("; see whether the file system of --out answers on all nodes\n")

@@ -55,7 +55,7 @@ WRONG = [
         "encoder.widht: there is no such field; did you mean encoder.width?",
     ),
     ([*ON_CPU, *PRETRAIN, "--data.micro_batch", "4"], "data.micro_batch: 2 processes x 4 samples do not divide"),
-    (["slurm", "--", *PRETRAIN], "data.global_batch: 4 samples do not divide among 8 processes; use 8"),
+    (["slurm", "--", *PRETRAIN], "data.global_batch: 4 samples do not divide among 8 processes; use 16"),
     ([*ON_CPU, *PRETRAIN, "--data.shards", "/nowhere"], "data.shards: /nowhere: no such folder"),
     ([*ON_CPU, *PRETRAIN, "--steps", "2"], "optimizer.warmup_epochs: the warm-up takes 3 steps of a run of 2"),
     ([*ON_CPU, *PRETRAIN, "--deepspeed", "zero9"], "zero9: is no file and no recipe of configs/deepspeed"),

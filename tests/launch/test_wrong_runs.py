@@ -9,7 +9,7 @@ import pytest
 
 from launch.cli import main
 from pretrain.engine import manifest
-from pretrain.engine.checkpoint import step_folders
+from pretrain.engine.checkpoint_search import step_folders
 from tests.launch.test_cli import refusal
 from tests.runs import tiny_pretraining
 
@@ -104,6 +104,18 @@ def test_a_finetuning_is_not_launched_into_the_folder_of_a_pretraining(recipe, f
     options = ["--config", finetune, "--out", finished, "--encoder", finished, "--steps", 8]
     said = refusal(capsys, "launch", "local", "--processes", 2, "--", "finetune", *options)
     assert "step-00000004: was written by pretrain, not by finetune; give another --out" in said
+
+
+def test_the_doctor_finds_another_run_in_the_folder_and_goes_on_in_its_own(recipe, finished, capsys):
+    for options, status, words in (
+        ([], "ok", "step-00000004 is the newest, of this very run"),
+        (["--seed", 1], "failed", "seed: is 1, but"),
+    ):
+        command = ["doctor", "--config", recipe, "--out", finished, "--steps", 8, *options]
+        assert main(list(map(str, command))) == (2 if status == "failed" else 0)
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if " checkpoints " in line]
+        assert line.startswith(status)
+        assert words in line
 
 
 def test_the_same_run_is_launched_again_and_with_more_steps(recipe, finished, capsys):

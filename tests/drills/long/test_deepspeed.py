@@ -8,7 +8,8 @@ import pytest
 from safetensors.torch import load_file
 
 from launch.cli import main
-from pretrain.engine.checkpoint import step_folders, verify
+from pretrain.engine.checkpoint_search import step_folders
+from pretrain.engine.manifest import verify
 from pretrain.engine.tracking import read_metrics
 from tests.runs import run, tiny_pretraining
 

@@ -58,6 +58,21 @@ def test_a_device_that_cannot_do_what_is_asked_for_ends_all_before_they_meet_in_
     assert_refused_by_rank_0_alone(ended, f"{socket.gethostname()} (rank 1): precision: fp16 needs a GPU; use bf16")
 
 
+def test_a_deepspeed_file_that_one_node_lacks_or_has_with_other_content_is_refused(recipe, tmp_path, monkeypatch):
+    for place, content in (("here", "{}"), ("lacking", None), ("other", '{"zero_optimization": {"stage": 2}}')):
+        (tmp_path / place).mkdir()
+        if content:
+            (tmp_path / place / "own.json").write_text(content)
+    monkeypatch.chdir(tmp_path / "here")
+    command = ["--config", recipe, "--steps", 6, "--out", tmp_path / "run", "--deepspeed", "own.json"]
+    ended = run("pretrain", command, tmp_path, world=2, last={"place": tmp_path / "lacking"})
+    assert_refused_by_rank_0_alone(ended, f"{socket.gethostname()} (rank 1): own.json: is no file and no recipe of")
+    ended = run("pretrain", command, tmp_path, world=2, last={"place": tmp_path / "other"})
+    assert_refused_by_rank_0_alone(ended, "; copy the same files to all nodes, or name a folder that all of them share")
+    assert "deepspeed: is " in ended.text
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_port_that_another_program_has_taken_is_refused_whoever_started_the_ranks(recipe, tmp_path):
     command = ["--config", recipe, "--steps", 6, "--out", tmp_path / "run"]
     with socket.socket() as taken:
@@ -126,7 +141,7 @@ def test_of_two_processes_the_one_with_other_versions_is_named(recipe, tmp_path)
     status, text = examined(ended.text)["versions"]
     assert status == "failed"
     assert re.search(r"timm: is .* on \S+ \(rank 0\), but 9\.9 on \S+ \(rank 1\); install the same environment", text)
-    assert "tubelet: doctor: 1 of 10 checks failed" in ended.text
+    assert "tubelet: doctor: 1 of 11 checks failed" in ended.text
     assert ended.outputs[1].read_text() == ""
 
 

@@ -11,7 +11,8 @@ import psutil
 import pytest
 
 from launch.cli import main
-from pretrain.engine.checkpoint import step_folders, verify
+from pretrain.engine.checkpoint_search import step_folders
+from pretrain.engine.manifest import verify
 from pretrain.engine.signals import STOP_SIGNALS
 from pretrain.engine.tracking import read_metrics
 from tests.runs import TINY, TINY_ENCODER, Started, run, start, tiny_pretraining
