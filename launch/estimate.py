@@ -6,6 +6,7 @@ operations. What depends on machines is not guessed: hours come from a measured 
 """
 
 import dataclasses
+import difflib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -88,9 +89,6 @@ def estimate(question: Question) -> dict[str, Any]:
     model = trained.on_meta()
     counts = trained.parameters(model)
     parameters = sum(counts.values())
-    constants = sum(buffer.numel() for buffer in model.buffers())
-    stored = sum(value.numel() for value in model.state_dict().values()) - parameters
-    engines = engines_of(chosen)
     flops = step_flops(model, trained.batch(trained.group), trained.loss) // (trained.group * config.data.repeats)
     clips_per_step = config.data.global_batch * config.data.repeats
     throughput = throughput_of(question, config, trained)
@@ -100,25 +98,14 @@ def estimate(question: Question) -> dict[str, Any]:
     if config.precision != "fp32":
         activations["DeepSpeed"] = _activations(config, trained, batch, casts=True)
     batches = BATCHES * sum(part.nbytes for part in batch if hasattr(part, "nbytes"))
-    rows = []
-    for name, zero in engines.items():
-        kept = activations["plain" if zero is None else "DeepSpeed"]
-        state = state_bytes(parameters, world, config.precision, zero, constants)
-        used = kept["recomputed" if config.activation_checkpointing else "kept"]
-        row = {
-            "engine": name,
-            "configured": (zero.stage if zero else None) == (read_zero(chosen).stage if chosen else None),
-            **dataclasses.asdict(state),
-            "batches": batches,
-            "activations": used,
-            "total": state.device + batches + used,
-            "checkpoint": checkpoint_bytes(parameters, stored, config.precision, zero),
-        }
-        rows.append(row)
+    rows = _memory_rows(config, world, chosen, parameters, model, activations, batches)
+    steps = length["steps"]
     return {
         "stage": stage,
         "config": question.config,
-        "world": {"nodes": question.nodes, "gpus": question.gpus, "processes": world},
+        "nodes": question.nodes,
+        "gpus": question.gpus,
+        "world": world,
         "precision": config.precision,
         "activation_checkpointing": config.activation_checkpointing,
         "parameters": counts | {"total": parameters},
@@ -129,17 +116,44 @@ def estimate(question: Question) -> dict[str, Any]:
             "repeats": config.data.repeats,
             "clips_per_step": clips_per_step,
         },
-        "length": length | {"clips": length["steps"] and length["steps"] * clips_per_step},
-        "flops": {
-            "clip": flops,
-            "step": flops * clips_per_step,
-            "run": length["steps"] and flops * clips_per_step * length["steps"],
-        },
+        "length": length | {"clips": steps and steps * clips_per_step},
+        "flops": {"clip": flops, "step": flops * clips_per_step, "run": steps and flops * clips_per_step * steps},
         "memory": rows,
         "activations": activations,
-        "checkpoints": _checkpoints(config, length["steps"], next(row for row in rows if row["configured"])),
-        "time": throughput and _time(throughput, world, length["steps"], clips_per_step),
+        "checkpoints": _checkpoints(config, steps, next(row for row in rows if row["configured"])),
+        "time": throughput and _time(throughput, world, steps, clips_per_step),
     }
+
+
+def _memory_rows(
+    config: RunConfig,
+    world: int,
+    chosen: Path | None,
+    parameters: int,
+    model: nn.Module,
+    activations: dict[str, dict[str, int]],
+    batches: int,
+) -> list[dict[str, Any]]:
+    """Returns what one process holds under each engine, and what its checkpoints take."""
+    constants = sum(buffer.numel() for buffer in model.buffers())
+    stored = sum(value.numel() for value in model.state_dict().values()) - parameters
+    configured = read_zero(chosen).stage if chosen else None
+    rows = []
+    for name, zero in engines_of(chosen).items():
+        kept = activations["plain" if zero is None else "DeepSpeed"]
+        state = state_bytes(parameters, world, config.precision, zero, constants)
+        used = kept["recomputed" if config.activation_checkpointing else "kept"]
+        row = {
+            "engine": name,
+            "configured": (zero.stage if zero else None) == configured,
+            **dataclasses.asdict(state),
+            "batches": batches,
+            "activations": used,
+            "total": state.device + batches + used,
+            "checkpoint": checkpoint_bytes(parameters, stored, config.precision, zero),
+        }
+        rows.append(row)
+    return rows
 
 
 def read_run(question: Question) -> tuple[RunConfig, Stage]:
@@ -265,9 +279,20 @@ def _time(throughput: Throughput, world: int, steps: int | None, clips_per_step:
 
 
 def _stage_of(name: str) -> Stage | None:
-    """Returns the stage whose recipes alone know a name."""
+    """Returns the stage whose recipes know a name; None for a file, whose fields tell.
+
+    Raises:
+        Refused: Both know it, or none.
+    """
     if Path(name).is_file():
         return None
-    stages: list[Stage] = ["pretrain", "finetune"]
-    known = [stage for stage in stages if (recipes_folder() / stage / f"{name}.yaml").is_file()]
-    return known[0] if len(known) == 1 else None
+    stages: tuple[Stage, ...] = ("pretrain", "finetune")
+    recipes = {stage: [path.stem for path in (recipes_folder() / stage).glob("*.yaml")] for stage in stages}
+    known = [stage for stage in stages if name in recipes[stage]]
+    if len(known) > 1:
+        raise Refused(f"{name}: is a recipe of configs/pretrain and of configs/finetune; give --stage with one of them")
+    if not known:
+        near = difflib.get_close_matches(name, [one for names in recipes.values() for one in names], n=1)
+        remedy = f"did you mean {near[0]}?" if near else "they are listed there"
+        raise Refused(f"{name}: is no file and no recipe of configs/pretrain or configs/finetune; {remedy}")
+    return known[0]

@@ -42,10 +42,10 @@ def _unit(size_bytes: float) -> int:
 
 
 def _run_table(estimate: dict[str, Any]) -> Table:
-    world, batch, length = estimate["world"], estimate["batch"], estimate["length"]
+    batch, length = estimate["batch"], estimate["length"]
     parameters, flops, checkpoints = estimate["parameters"], estimate["flops"], estimate["checkpoints"]
     table = Table("", "", "", title=f"{estimate['stage']} {estimate['config']}", show_header=False)
-    table.add_row("processes", f"{world['processes']:,}", f"{world['nodes']} x {world['gpus']} GPUs")
+    table.add_row("processes", f"{estimate['world']:,}", f"{estimate['nodes']} x {estimate['gpus']} GPUs")
     parts = ", ".join(f"{name} {count:,}" for name, count in parameters.items() if name != "total")
     table.add_row("parameters", f"{parameters['total']:,}", parts)
     per_process = f"{batch['accumulation']} x {batch['micro_batch']} samples in each process"
@@ -88,8 +88,8 @@ def _add_time(table: Table, estimate: dict[str, Any]) -> None:
     table.add_row("throughput", f"{measured['clips_per_second_per_gpu']:,.4g} clips/s", "of each GPU")
     if measured["gpu_hours"] is None:
         table.add_row("GPU-hours", "", UNKNOWN)
-        return
-    table.add_row("GPU-hours", hours_text(measured["gpu_hours"]), f"{hours_text(measured['hours'])} by the clock")
+    else:
+        table.add_row("GPU-hours", hours_text(measured["gpu_hours"]), f"{hours_text(measured['hours'])} by the clock")
     if measured["peak_gib"] is not None:
         table.add_row("peak memory", f"{measured['peak_gib']:.2f} GiB", "measured here, without DeepSpeed")
 

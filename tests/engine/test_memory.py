@@ -119,6 +119,12 @@ def test_a_checkpoint_of_deepspeed_has_as_many_bytes_as_are_computed(tmp_path, s
     assert checkpoint_bytes_of(nn.Linear(WIDTH, WIDTH), precision, recipe(stage)) == pytest.approx(written, rel=0.03)
 
 
+@pytest.mark.parametrize("millions", [94, 343])  # autoencoders with ViT-B and ViT-L
+def test_each_stage_of_the_recipes_takes_less_of_the_device_than_the_one_before(millions):
+    taken = [state_bytes(millions * 10**6, 16, "bf16", read_zero(recipe(stage))).device for stage in (0, 1, 2)]
+    assert taken == sorted(taken, reverse=True)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_what_a_file_leaves_out_is_as_deepspeed_has_it(stage):
     content = json.loads(recipe(stage).read_text())["zero_optimization"]

@@ -1,15 +1,17 @@
 """`tubelet estimate` against real runs, real models and published figures; what cannot be is refused in one line."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from safetensors.torch import load_file
 
 from launch.cli import main
 from launch.estimate import Question, length_of, read_run, trained_model
-from launch.estimate_tables import count_text, hours_text, size_text
+from launch.estimate_tables import count_text, hours_text, show, size_text
 from pretrain.engine.activations import fake_activations
 from tests.runs import TINY, tiny_pretraining
 
@@ -62,7 +64,7 @@ def test_a_run_has_the_parameters_steps_and_checkpoints_that_were_estimated(run,
 def test_more_gpus_divide_the_time_and_not_the_gpu_hours(run, capsys):
     options = ["--config", run / "config.yaml", "--from", run, "--data.global_batch", 8]
     alone, four = told(capsys, *options), told(capsys, *options, "--nodes", 2, "--gpus", 2, "--precision", "bf16")
-    assert four["world"] == {"nodes": 2, "gpus": 2, "processes": 4}
+    assert (four["nodes"], four["gpus"], four["world"]) == (2, 2, 4)
     assert four["batch"]["accumulation"] == 1
     assert four["time"]["gpu_hours"] == pytest.approx(alone["time"]["gpu_hours"])
     assert four["time"]["hours"] == pytest.approx(alone["time"]["hours"] / 4)
@@ -141,6 +143,14 @@ def test_people_get_tables_that_say_what_is_unknown_and_how_to_know_it(recipe, r
     assert "unknown" not in said
 
 
+def test_the_peak_of_a_measurement_is_shown_although_the_length_of_the_run_is_unknown(recipe, capsys):
+    estimate = told(capsys, "--config", recipe, "--data.shards", "null", "--epochs", "3", "--throughput", "9")
+    estimate["time"]["peak_gib"] = 1.5
+    with Console(width=200) as console, console.capture() as captured:
+        show(estimate, console)
+    assert re.search(r"peak memory\W+1\.50 GiB", captured.get())
+
+
 def test_figures_are_written_as_people_say_them():
     assert [size_text(size) for size in (0, 1023, 1536, 5 << 30)] == ["0 B", "1023 B", "1.50 KiB", "5.00 GiB"]
     assert [count_text(count) for count in (0, 999_999, 94_211_328, 7.76e19)] == ["0", "999,999", "94.2 M", "77.6 E"]
@@ -150,7 +160,9 @@ def test_figures_are_written_as_people_say_them():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--config", "videomae_x"], "videomae_x: is no file and no recipe of configs/pretrain; did you mean"),
+        (["--config", "videomae_x"], "videomae_x: is no file and no recipe of configs/pretrain or configs/finet"),
+        (["--config", "k400_x"], "k400_x: is no file and no recipe of configs/pretrain or configs/finetune; did you m"),
+        (["--config", "demo"], "demo: is a recipe of configs/pretrain and of configs/finetune; give --stage with one"),
         (["--stage", "finetune", "--config", "videomae_b"], "videomae_b: is no file and no recipe of configs/finetune"),
         (["--nodes", "-2"], "--nodes: -2 must be at least 1"),
         (["--gpus", "0"], "--gpus: 0 must be at least 1"),
@@ -170,7 +182,10 @@ def test_figures_are_written_as_people_say_them():
         (["--encoder.widht", "9"], "encoder.widht: there is no such field; did you mean encoder.width?"),
         (["--mask.ratio", "1"], "mask.ratio: 1.0 must lie between 0 and 1"),
         (["--config", "k400_b"], "encoder: is missing; give a pretraining run, or an architecture"),
-        (["--config", "demo", "--classes", "5"], "--classes: is for finetuning without data.shards"),
+        (
+            ["--stage", "pretrain", "--config", "demo", "--classes", "5"],
+            "--classes: is for finetuning without data.shards",
+        ),
         (["--config", "demo_scratch"], "--classes: is missing; give the number of classes, or data.shards"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
