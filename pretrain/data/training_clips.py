@@ -1,6 +1,6 @@
 """The clips of one sample in training: read, decoded and cut, or those of a substitute where the sample is bad.
 
-All is a pure function of the request and the run's seed: which frames, crops and masks, and which substitute.
+All is a pure function of the request and the run's seed: frames, crops, augmentation, masks and substitutes.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from pretrain.data.augmentation import augmented
 from pretrain.data.clips import cut, frame_indices, is_mirrored, training_box
 from pretrain.data.config import DataConfig
 from pretrain.data.decode_client import open_video_apart
@@ -46,7 +47,7 @@ class Costs(NamedTuple):
     Attributes:
         read_s: Seconds of reading from shards.
         decode_s: Seconds of decoding.
-        cut_s: Seconds of cutting clips and drawing masks.
+        cut_s: Seconds of cutting and augmenting clips and drawing masks.
         cache_hits: Reads of remote shards that the node's cache served.
         cache_misses: Reads that it had to fetch.
         places: Places of packed sequences for the encoder's tokens.
@@ -204,7 +205,9 @@ class TrainingClips(Dataset):
         clip = self.config.clip
         height, width = frames.shape[1:3]
         box = training_box(clip, height, width, clip_key(self.seed, request, repeat, "crop"))
-        return cut(frames, box, clip.size, is_mirrored(clip, clip_key(self.seed, request, repeat, "flip")))
+        shown = cut(frames, box, clip.size, is_mirrored(clip, clip_key(self.seed, request, repeat, "flip")))
+        key = clip_key(self.seed, request, repeat, "augment")
+        return augmented(self.config.augment, shown, key, clip.mean, clip.std)
 
     def _masks(self, request: Request) -> tuple[np.ndarray, np.ndarray]:
         if self.draw_mask is None:
