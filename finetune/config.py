@@ -68,7 +68,7 @@ class ViewsConfig:
     """Multi-view testing: the logits of all views of a video are averaged."""
 
     temporal: int = 1
-    """Time windows spread evenly over a video."""
+    """Time windows spread evenly over a video; with data.clip.sampling segments, even shifts within its segments."""
     spatial: int = 1
     """Square crops spread evenly along the longer side."""
 

@@ -13,11 +13,11 @@ import torch
 from torch.utils.data import Dataset
 
 from pretrain.data.augmentation import augmented
-from pretrain.data.clips import cut, frame_indices, is_mirrored, training_box
+from pretrain.data.clips import cut, is_mirrored, training_box, training_frames
 from pretrain.data.config import DataConfig
 from pretrain.data.decode_client import open_video_apart
 from pretrain.data.quarantine import read_quarantine
-from pretrain.data.randomness import Purpose, raw_words, sample_key, uniform
+from pretrain.data.randomness import Purpose, raw_words, sample_key
 from pretrain.data.shards import Sample, ShardSet
 from pretrain.data.video import read_time_windows
 from pretrain.errors import BadSample
@@ -104,7 +104,7 @@ def clip_frames(
         As `frame_indices`.
     """
     key = clip_key(seed, request, repeat if config.time_windows == "own" else 0, "time")
-    return frame_indices(config.clip, frames, frame_rate, uniform(key)[0])
+    return training_frames(config.clip, frames, frame_rate, key)
 
 
 class TrainingClips(Dataset):
