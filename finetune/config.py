@@ -3,7 +3,10 @@
 import dataclasses
 from typing import Literal
 
+from pretrain.commandline import find_recipe
 from pretrain.config import RunConfig, ValidationConfig
+from pretrain.engine.averaging import AverageConfig
+from pretrain.engine.compiler import refuse_divided_weights
 from pretrain.errors import Refused
 from pretrain.model.encoder import EncoderConfig
 
@@ -99,6 +102,8 @@ class FinetuneConfig(RunConfig):
     """What stands on the encoder."""
     mixing: MixingConfig = dataclasses.field(default_factory=MixingConfig)
     """Mixup, cutmix, label smoothing."""
+    ema: AverageConfig = dataclasses.field(default_factory=AverageConfig)
+    """Moving average of the weights, which validation, evaluation and the exported model then have."""
     validation: ValidationConfig = dataclasses.field(default_factory=lambda: ValidationConfig(samples=1_000_000))
     """Accuracy on held-out samples."""
     views: ViewsConfig = dataclasses.field(default_factory=ViewsConfig)
@@ -119,6 +124,9 @@ class FinetuneConfig(RunConfig):
         self.head.validate()
         self.mixing.validate(self.data.micro_batch)
         self.views.validate()
+        self.ema.validate()
+        if self.ema.decay is not None and self.deepspeed:
+            refuse_divided_weights(find_recipe(self.deepspeed, "deepspeed", ".json"), "ema.decay")
         self.source()
         if self.architecture is not None and self.architecture.drop_path:
             raise Refused("architecture.drop_path: is not read in finetuning; give drop_path instead")

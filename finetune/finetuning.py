@@ -161,6 +161,7 @@ def finetune_in(processes: Processes, config: FinetuneConfig, inputs: Inputs) ->
             validation=check,
             validate_every=config.validation.every,
             export=functools.partial(export_classifier, description, run),
+            averaging=config.ema,
         )
         summary = summarise(run, max(run.first_step, steps))
         evaluation = evaluate_finally(model, held_out, config, description, run) if held_out else None
@@ -201,6 +202,7 @@ def trained_fields(config: FinetuneConfig, start: Start, description: ModelDescr
         "encoder": sha256_of_file(start.folder / "model.safetensors") if start.folder else None,
         **named_fields("architecture", description.encoder),
         **named_fields("head", config.head),
+        **named_fields("ema", config.ema),
     }
 
 
@@ -364,7 +366,8 @@ def evaluate_finally(
         config.data.decode_limit_s,
         description.packed,
     )
-    content = evaluation.figures | circumstances(held_out, config.views)
+    weights = {"weights": "as trained" if config.ema.decay is None else f"moving average, decay {config.ema.decay}"}
+    content = evaluation.figures | circumstances(held_out, config.views) | weights
     run.processes.on_main_only(lambda: write_json(run.out / "evaluation.json", content))
     return evaluation
 

@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from pretrain.engine.averaging import WeightAverage
 from pretrain.engine.distributed import Processes
 from pretrain.engine.failures import has_room, means_full_disk
 from pretrain.engine.manifest import OtherFormat, Saved, size_bytes, verify, write_manifest
@@ -43,6 +44,8 @@ logger = logging.getLogger(__name__)
 PROBE_BYTES = 1 << 20
 BYTES_A_PARAMETER = 12
 """A weight and the two moments of AdamW in full precision; engines that keep more only make a checkpoint larger."""
+BYTES_OF_AVERAGE = 4
+"""A weight of the moving average."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,12 +112,17 @@ class Checkpoints:
         for stale in self.folder.glob("*-*.tmp-*"):
             shutil.rmtree(stale)
 
+    def include(self, average: WeightAverage) -> None:
+        """Lets checkpoints hold a moving average of the weights too, from the next one saved or loaded on."""
+        self.files.average = average
+
     def refuse_without_room(self, parameters: int) -> None:
         """Raises `DiskFull` where one more checkpoint, of so many parameters, finds no room; every rank calls it."""
 
         def refuse() -> None:
             before = step_folders(self.folder)
-            needed = size_bytes(before[-1]) if before else parameters * BYTES_A_PARAMETER
+            bytes_a_parameter = BYTES_A_PARAMETER + (BYTES_OF_AVERAGE if self.files.average else 0)
+            needed = size_bytes(before[-1]) if before else parameters * bytes_a_parameter
             why = f"as {before[-1].name} takes" if before else f"for {parameters / 1e6:.1f} million parameters"
             self._refuse_full_disk(f"{self.folder}: the next checkpoint", needed, why)
 
@@ -304,6 +312,8 @@ class Checkpoints:
             ) from None
         for group, values in zip(optimizer.param_groups, configured, strict=True):
             group.update(values)
+        if self.files.average:
+            self.files.average.load(saved.folder)
         if saved.folder.parent == self.folder:
             self._whole.add(saved.folder.name)
 

@@ -12,14 +12,19 @@ from torch.utils._triton import has_triton
 from pretrain.errors import Refused
 
 
-def refuse_divided_weights(deepspeed: Path) -> None:
-    """Raises `Refused` if a DeepSpeed file asks for ZeRO 3, under which torch.compile finds weights of no length."""
+def refuse_divided_weights(deepspeed: Path, field: str = "compile") -> None:
+    """Raises `Refused` if a DeepSpeed file asks for ZeRO 3, under which a rank finds weights of no length.
+
+    Args:
+        deepspeed: The file.
+        field: Names what needs whole weights.
+    """
     try:
         stage = json.loads(deepspeed.read_text())["zero_optimization"]["stage"]
     except (ValueError, KeyError, TypeError):
         return  # what is wrong with it, or left out of it, is another's to tell
     if stage == 3:
-        raise Refused(f"compile: does not go with ZeRO 3 of deepspeed {deepspeed}; use zero2, or leave compile out")
+        raise Refused(f"{field}: does not go with ZeRO 3 of deepspeed {deepspeed}; use zero2, or leave {field} out")
 
 
 def refuse_without_compiler() -> None:
