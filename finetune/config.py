@@ -96,6 +96,8 @@ class FinetuneConfig(RunConfig):
     """Pretraining run, or encoder folder, to start from; None trains from scratch."""
     architecture: EncoderConfig | None = None
     """The encoder's architecture: needed from scratch, and checked where an encoder is given."""
+    freeze: int | Literal["encoder"] | None = None
+    """Lowest layers that stay as pretrained: 1 is the embedding, N + 1 it and N blocks; encoder is all of it."""
     drop_path: float = 0.1
     """Probability that a clip skips the last block's branches in training."""
     head: HeadConfig = dataclasses.field(default_factory=HeadConfig)
@@ -128,6 +130,7 @@ class FinetuneConfig(RunConfig):
         if self.ema.decay is not None and self.deepspeed:
             refuse_divided_weights(find_recipe(self.deepspeed, "deepspeed", ".json"), "ema.decay")
         self.source()
+        self._validate_frozen()
         if self.architecture is not None and self.architecture.drop_path:
             raise Refused("architecture.drop_path: is not read in finetuning; give drop_path instead")
         if self.data.packing is not None:
@@ -135,6 +138,14 @@ class FinetuneConfig(RunConfig):
         if not 0 <= self.drop_path < 1:
             raise Refused(f"drop_path: {self.drop_path} must be at least 0 and less than 1")
         self.validation.validate()
+
+    def _validate_frozen(self) -> None:
+        if self.freeze is None:
+            return
+        if self.encoder is None:
+            raise Refused("freeze: is for a pretrained encoder; leave it out to train from scratch, or give encoder")
+        if self.freeze != "encoder" and self.freeze < 1:
+            raise Refused(f"freeze: {self.freeze} must be at least 1, or encoder; leave it out to train all layers")
 
     def _validate_packed(self) -> None:
         if self.head.pool != "mean":

@@ -23,6 +23,7 @@ from finetune.evaluate import (
     evaluate_on,
     evaluation_sections,
 )
+from finetune.freezing import freeze
 from pretrain.agreement import agreed_inputs, fingerprints, open_inputs
 from pretrain.data.balanced import SampleOrder
 from pretrain.data.clips import ClipConfig
@@ -129,6 +130,7 @@ def inputs_of(config: FinetuneConfig) -> Inputs:
     description = describe(config, start.architecture, shards)
     torch.manual_seed(config.seed)
     classifier = build_classifier(description, start)
+    freeze(classifier, config.freeze)
     clips = training_clips(config, description, shards, held_out)
     trained = trained_fields(config, start, description)
     return Inputs(shards, held_out, order, steps, start.folder, trained, description, classifier, clips)
@@ -203,6 +205,7 @@ def trained_fields(config: FinetuneConfig, start: Start, description: ModelDescr
         **named_fields("architecture", description.encoder),
         **named_fields("head", config.head),
         **named_fields("ema", config.ema),
+        "freeze": config.freeze,
     }
 
 

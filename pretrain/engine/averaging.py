@@ -83,9 +83,7 @@ class WeightAverage:
             ) from None
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
-            raise Refused(
-                f"{folder / AVERAGE}: is of another model: {reason}; give another --out"
-            ) from None
+            raise Refused(f"{folder / AVERAGE}: is of another model: {reason}; give another --out") from None
 
     @torch.no_grad()
     def put_into(self, model: nn.Module) -> None:
