@@ -49,6 +49,7 @@ class Classifier(nn.Module):
         """Creates the head; the encoder keeps its other weights."""
         super().__init__()
         self.encoder = encoder
+        self.frozen: list[nn.Module] = []  # modules of the encoder that stay in evaluation mode
         self.pool: Callable[[Encoded], Any] = operator.attrgetter("class_token")
         widths = [encoder.width, *head.hidden]
         layers: list[nn.Module] = []
@@ -71,6 +72,13 @@ class Classifier(nn.Module):
     def forward(self, clips: Tensor) -> Tensor:
         """Returns logits `(B, classes)` for clips `(B, T, H, W, C)`, uint8 or normalised floats."""
         return self.head(self.pool(self.encoder(clips)))
+
+    def train(self, mode: bool = True) -> "Classifier":
+        """Sets the training mode, but for what is frozen."""
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        return self
 
     def group_matcher(self, coarse: bool = False) -> Any:
         """Returns a function from parameter names to layers, for timm's layer-wise decay."""

@@ -4,6 +4,8 @@ import dataclasses
 from typing import Literal
 
 from pretrain.config import RunConfig, ValidationConfig
+from pretrain.engine.averaging import AverageConfig
+from pretrain.engine.compiler import refuse_divided_weights
 from pretrain.errors import Refused
 from pretrain.model.encoder import EncoderConfig
 
@@ -68,7 +70,7 @@ class ViewsConfig:
     """Multi-view testing: the logits of all views of a video are averaged."""
 
     temporal: int = 1
-    """Time windows spread evenly over a video."""
+    """Time windows spread evenly over a video; with data.clip.sampling segments, even shifts within its segments."""
     spatial: int = 1
     """Square crops spread evenly along the longer side."""
 
@@ -93,12 +95,16 @@ class FinetuneConfig(RunConfig):
     """Pretraining run, or encoder folder, to start from; None trains from scratch."""
     architecture: EncoderConfig | None = None
     """The encoder's architecture: needed from scratch, and checked where an encoder is given."""
+    freeze: int | Literal["encoder"] | None = None
+    """Lowest layers that stay as pretrained: 1 is the embedding, N + 1 it and N blocks; encoder is all of it."""
     drop_path: float = 0.1
     """Probability that a clip skips the last block's branches in training."""
     head: HeadConfig = dataclasses.field(default_factory=HeadConfig)
     """What stands on the encoder."""
     mixing: MixingConfig = dataclasses.field(default_factory=MixingConfig)
     """Mixup, cutmix, label smoothing."""
+    ema: AverageConfig = dataclasses.field(default_factory=AverageConfig)
+    """Moving average of the weights, which validation, evaluation and the exported model then have."""
     validation: ValidationConfig = dataclasses.field(default_factory=lambda: ValidationConfig(samples=1_000_000))
     """Accuracy on held-out samples."""
     views: ViewsConfig = dataclasses.field(default_factory=ViewsConfig)
@@ -119,7 +125,11 @@ class FinetuneConfig(RunConfig):
         self.head.validate()
         self.mixing.validate(self.data.micro_batch)
         self.views.validate()
+        self.ema.validate()
+        if self.ema.decay is not None and self.deepspeed_file:
+            refuse_divided_weights(self.deepspeed_file, "ema.decay")
         self.source()
+        self._validate_frozen()
         if self.architecture is not None and self.architecture.drop_path:
             raise Refused("architecture.drop_path: is not read in finetuning; give drop_path instead")
         if self.data.packing is not None:
@@ -127,6 +137,14 @@ class FinetuneConfig(RunConfig):
         if not 0 <= self.drop_path < 1:
             raise Refused(f"drop_path: {self.drop_path} must be at least 0 and less than 1")
         self.validation.validate()
+
+    def _validate_frozen(self) -> None:
+        if self.freeze is None:
+            return
+        if self.encoder is None:
+            raise Refused("freeze: is for a pretrained encoder; leave it out to train from scratch, or give encoder")
+        if self.freeze != "encoder" and self.freeze < 1:
+            raise Refused(f"freeze: {self.freeze} must be at least 1, or encoder; leave it out to train all layers")
 
     def _validate_packed(self) -> None:
         if self.head.pool != "mean":

@@ -23,6 +23,7 @@ from finetune.evaluate import (
     evaluate_on,
     evaluation_sections,
 )
+from finetune.freezing import freeze
 from pretrain.agreement import agreed_inputs, fingerprints, open_inputs
 from pretrain.data.balanced import SampleOrder
 from pretrain.data.clips import ClipConfig
@@ -129,6 +130,7 @@ def inputs_of(config: FinetuneConfig) -> Inputs:
     description = describe(config, start.architecture, shards)
     torch.manual_seed(config.seed)
     classifier = build_classifier(description, start)
+    freeze(classifier, config.freeze)
     clips = training_clips(config, description, shards, held_out)
     trained = trained_fields(config, start, description)
     return Inputs(shards, held_out, order, steps, start.folder, trained, description, classifier, clips)
@@ -161,6 +163,7 @@ def finetune_in(processes: Processes, config: FinetuneConfig, inputs: Inputs) ->
             validation=check,
             validate_every=config.validation.every,
             export=functools.partial(export_classifier, description, run),
+            averaging=config.ema,
         )
         summary = summarise(run, max(run.first_step, steps))
         evaluation = evaluate_finally(model, held_out, config, description, run) if held_out else None
@@ -201,6 +204,8 @@ def trained_fields(config: FinetuneConfig, start: Start, description: ModelDescr
         "encoder": sha256_of_file(start.folder / "model.safetensors") if start.folder else None,
         **named_fields("architecture", description.encoder),
         **named_fields("head", config.head),
+        **named_fields("ema", config.ema),
+        "freeze": config.freeze,
     }
 
 
@@ -364,7 +369,8 @@ def evaluate_finally(
         config.data.decode_limit_s,
         description.packed,
     )
-    content = evaluation.figures | circumstances(held_out, config.views)
+    weights = {"weights": "as trained" if config.ema.decay is None else f"moving average, decay {config.ema.decay}"}
+    content = evaluation.figures | circumstances(held_out, config.views) | weights
     run.processes.on_main_only(lambda: write_json(run.out / "evaluation.json", content))
     return evaluation
 

@@ -22,6 +22,7 @@ from pretrain.data.randomness import seed_of_set
 from pretrain.data.shard_cache import CacheConfig
 from pretrain.data.shards import ShardSet
 from pretrain.data.training_clips import TrainingClips
+from pretrain.engine.averaging import AverageConfig, WeightAverage
 from pretrain.engine.checkpoint_size import checkpoint_bytes_of
 from pretrain.engine.compiler import refuse_divided_weights
 from pretrain.engine.distributed import Processes, launched_world
@@ -224,6 +225,7 @@ def train(
     validation: Validation | None,
     validate_every: int,
     export: Export,
+    averaging: AverageConfig | None = None,
 ) -> nn.Module:
     """Trains a model to the end of the run, from its checkpoint where it has one; every rank calls it.
 
@@ -237,7 +239,9 @@ def train(
         objective: Computes the loss of a batch.
         validation: Computes figures on held-out samples; None validates nothing.
         validate_every: Steps between validations.
-        export: Called by all ranks with the prepared model for each checkpoint, to export its weights.
+        export: Called by all ranks with the prepared model for each checkpoint, to export its weights; or with a model
+            that has their average.
+        averaging: Whether the weights are averaged; validation, export and the returned model have the average then.
 
     Returns:
         The model, prepared for this world and trained.
@@ -250,8 +254,15 @@ def train(
     """
     processes = run.processes
     batch = order.global_batch
+    average = None
+    if averaging and averaging.decay is not None:
+        average = WeightAverage(model, averaging, processes)
+        run.checkpoints.include(average)
+        logger.info("validation, evaluation and the exported model have the moving average of the weights")
+        export = _exporting_average(export, average)
     if run.first_step < steps:
-        run.checkpoints.refuse_without_room(checkpoint_bytes_of(model, config.precision, config.deepspeed_file))
+        first_bytes = checkpoint_bytes_of(model, config.precision, config.deepspeed_file)
+        run.checkpoints.refuse_without_room(first_bytes + (average.size_bytes if average else 0))
     if config.activation_checkpointing:
         recompute_activations(model)
     if config.compile:
@@ -282,6 +293,7 @@ def train(
         run.out / KEYS if config.log_keys else None,
         run.stop,
         run.watchdog,
+        average,
     )
     requests = MicroBatches(
         order, range(run.first_step, steps), config.data.micro_batch, processes.world, processes.rank
@@ -289,8 +301,14 @@ def train(
     trainer.train(batches_of(clips, requests, pin_memory=processes.device.type == "cuda"), run.state["stage"])
     if run.first_step >= steps:  # the last attempt ended between its last checkpoint and the export
         write_export(processes, export(model))
+    if average:
+        average.put_into(model)
     run.stop.abandon_forward(model, processes, "after its last step, which is saved")
     return model
+
+
+def _exporting_average(export: Export, average: WeightAverage) -> Export:
+    return lambda _: export(average.model)
 
 
 def plan_of(config: RunConfig, run: Run, global_batch: int, steps: int, validate_every: int) -> Plan:

@@ -49,6 +49,7 @@ PUBLISHED_PRETRAINING = {
     "videomae_s": ("S", 32, 32, 6e-4, 4e-5, 1600, 0.9, 4, 192, 3, 30 / 4),
     "videomae_b": ("B", 64, 32, 1.2e-3, 8e-5, 1600, 0.9, 4, 384, 6, 30 / 4),
     "videomae_l": ("L", 64, 8, 3e-4, 2e-5, 1600, 0.9, 12, 512, 8, 30 / 4),
+    "videomae_s_ssv2": ("S", 64, 32, 1.2e-3, 8e-5, 2400, 0.9, 4, 192, 3, 12 / 2),
     "videomae_b_ssv2": ("B", 64, 32, 1.2e-3, 8e-5, 2400, 0.9, 4, 384, 6, 12 / 2),
     "videomae_b_ucf101": ("B", 8, 24, 2.25e-4, 7.5e-6, 3200, 0.75, 4, 384, 6, 25 / 4),
 }
@@ -60,6 +61,15 @@ EVERY_FINETUNING = {
     "data.clip.crop": "random_resized",
     "data.clip.scale": (0.08, 1.0),
     "data.clip.ratio": (0.75, 1.3333),
+    "data.clip.stride": None,
+    "data.augment.rand_augment": "rand-m7-n4-mstd0.5-inc1",
+    "data.augment.colour_jitter": 0.0,
+    "data.augment.grey": 0.0,
+    "data.augment.erasing": 0.25,
+    "data.augment.erasing_mode": "pixel",
+    "data.augment.erasing_count": 1,
+    "ema.decay": None,
+    "freeze": None,
     "head.pool": "mean",
     "head.hidden": (),
     "head.init_scale": 0.001,
@@ -77,14 +87,18 @@ EVERY_FINETUNING = {
 FINETUNING_COLUMNS = (
     *("pretraining", "processes", "data.micro_batch", "rate", "least rate", "epochs", "optimizer.layer_decay"),
     *("drop_path", "head.dropout", "data.clip.flip", "views.temporal", "views.spatial", "data.clip.frame_rate"),
+    *("data.clip.sampling", "optimizer.warmup_lr"),
 )
+DENSE, SEGMENTS = "time_window", "segments"
 PUBLISHED_FINETUNING = {
-    "k400_s": ("videomae_s", 32, 12, 7.5e-4, 1.5e-6, 150, 0.75, 0.1, 0.0, True, 5, 3, 30 / 4),
-    "k400_b": ("videomae_b", 64, 6, 7.5e-4, 1.5e-6, 75, 0.75, 0.1, 0.0, True, 5, 3, 30 / 4),
-    "k400_l": ("videomae_l", 64, 2, 1e-3, 5e-7, 35, 0.75, 0.1, 0.0, True, 5, 3, 30 / 4),
-    "ssv2_b": ("videomae_b_ssv2", 64, 6, 7.5e-4, 1.5e-6, 30, 0.75, 0.1, 0.0, False, 2, 3, 12 / 2),
-    "ucf101": ("videomae_b_ucf101", 8, 16, 2.5e-4, 5e-6, 100, 0.7, 0.2, 0.5, True, 5, 3, 25 / 4),
+    "k400_s": ("videomae_s", 32, 12, 7.5e-4, 1.5e-6, 150, 0.75, 0.1, 0.0, True, 5, 3, 30 / 4, DENSE, 0.0),
+    "k400_b": ("videomae_b", 64, 6, 7.5e-4, 1.5e-6, 75, 0.75, 0.1, 0.0, True, 5, 3, 30 / 4, DENSE, 0.0),
+    "k400_l": ("videomae_l", 64, 2, 1e-3, 5e-7, 35, 0.75, 0.1, 0.0, True, 5, 3, 30 / 4, DENSE, 0.0),
+    "ssv2_s": ("videomae_s_ssv2", 32, 12, 1.5e-3, 1.5e-6, 40, 0.7, 0.1, 0.0, False, 2, 3, None, SEGMENTS, 0.0),
+    "ssv2_b": ("videomae_b_ssv2", 64, 6, 7.5e-4, 1.5e-6, 30, 0.75, 0.1, 0.0, False, 2, 3, None, SEGMENTS, 0.0),
+    "ucf101": ("videomae_b_ucf101", 8, 16, 2.5e-4, 5e-6, 100, 0.7, 0.2, 0.5, True, 5, 3, 25 / 4, DENSE, 1e-8),
 }
+OUR_OWN = {"hmdb51", "small_set"}  # of which no script is published
 PUBLISHED = [
     *(
         ("pretrain", name, dict(zip(PRETRAINING_COLUMNS, row, strict=True)))
@@ -185,4 +199,28 @@ def test_the_command_of_a_published_recipe_starts_the_published_processes(stage,
 
 def test_every_published_recipe_is_compared_with_its_publication():
     assert set(PRETRAIN) - {"demo", "videomae_b_cross"} == set(PUBLISHED_PRETRAINING)
-    assert {name for name in FINETUNE if not name.startswith("demo")} == set(PUBLISHED_FINETUNING)
+    assert {name for name in FINETUNE if not name.startswith("demo")} == set(PUBLISHED_FINETUNING) | OUR_OWN
+
+
+@pytest.mark.parametrize("name", PUBLISHED_FINETUNING)
+def test_a_published_recipe_says_in_what_it_differs(name):
+    header = " ".join(header_of("finetune", name).replace("#", "").split())
+    assert "published code augments the whole frame" in header
+    assert (
+        "published recipe averages the probabilities of a video's views, where this one averages their logits" in header
+    )
+
+
+def test_the_recipe_for_hmdb51_is_that_for_ucf101_at_its_frame_rate():
+    ours, theirs = read("finetune", "hmdb51"), read("finetune", "ucf101")
+    clip = dataclasses.replace(ours.data.clip, frame_rate=theirs.data.clip.frame_rate)
+    assert ours.data.clip.frame_rate == 30 / 4
+    data = dataclasses.replace(ours.data, clip=clip)
+    assert dataclasses.replace(ours, out=theirs.out, data=data) == theirs
+
+
+def test_the_recipe_for_small_sets_trains_no_weight_of_the_encoder_and_reads_sets_of_a_few_hundred():
+    config = read("finetune", "small_set")
+    assert (config.freeze, config.head.pool) == ("encoder", "attention")
+    assert config.data.global_batch <= 32
+    assert config.accumulation(1) * config.data.micro_batch == config.data.global_batch

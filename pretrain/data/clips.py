@@ -1,7 +1,7 @@
 """From a sample's frames to a clip: which frames, which crop, which size. Pure functions of a key; uint8 all the way.
 
 The multi-scale crop is VideoMAE's (arXiv 2203.12602, appendix; itself from Temporal Segment Networks, arXiv
-1608.00859); the random resized crop is torchvision's.
+1608.00859), and so is sampling by segments; the random resized crop is torchvision's.
 """
 
 import dataclasses
@@ -31,6 +31,9 @@ class ClipConfig:
 
     frames: int = 16
     """Frames that the model sees."""
+    sampling: Literal["time_window", "segments"] = "time_window"
+    """Frames evenly spaced in a stretch of time, by frame_rate or stride; or one from each of as many equal segments of
+    the whole video (Temporal Segment Networks, Something-Something), which needs neither."""
     frame_rate: float | None = None
     """Frames per second that the model sees (7.5 is the literature's stride 4 at 30 fps); this or stride."""
     stride: int | None = None
@@ -52,8 +55,14 @@ class ClipConfig:
 
     def validate(self) -> None:
         """Raises `Refused` for a clip that cannot be cut."""
-        if (self.frame_rate is None) == (self.stride is None):
-            raise Refused("data.clip: give exactly one of frame_rate and stride")
+        if self.sampling == "segments":
+            if self.frame_rate is not None or self.stride is not None:
+                raise Refused(
+                    "data.clip.sampling: segments spread over the whole video, whatever its length; set "
+                    "data.clip.frame_rate and data.clip.stride to null, or data.clip.sampling to time_window"
+                )
+        elif (self.frame_rate is None) == (self.stride is None):
+            raise Refused("data.clip: give exactly one of frame_rate and stride, or sampling segments")
         if self.frames < 1 or self.size < 1:
             raise Refused("data.clip.frames and data.clip.size must be at least 1")
         if not all(0 < rate < math.inf for rate in (self.frame_rate, self.stride) if rate is not None):
@@ -78,11 +87,58 @@ class ClipConfig:
         return math.ceil((frames - 0.5) / self.step(stored_rate))
 
 
-def frame_indices(config: ClipConfig, frames: int, stored_rate: float, moment: float) -> tuple[np.ndarray, bool]:
-    """Chooses the stored frames of a clip.
+def training_frames(config: ClipConfig, frames: int, stored_rate: float, key: int) -> tuple[np.ndarray, bool]:
+    """Draws the stored frames of a training clip: where its time window lies, or a frame of each segment.
 
     Args:
         config: The clip.
+        frames: Frames in the sample, at least 1.
+        stored_rate: Stored frames per second.
+        key: Key of the purpose `time` of this clip.
+
+    Returns:
+        As `frame_indices`.
+    """
+    if config.sampling == "segments":
+        return segment_frames(config, frames, uniform(key, config.frames))
+    return frame_indices(config, frames, stored_rate, uniform(key)[0])
+
+
+def view_frames(config: ClipConfig, frames: int, stored_rate: float, views: int) -> list[np.ndarray]:
+    """Returns the stored frames of each of `views` temporal views of a sample; arguments as for `frame_indices`.
+
+    Time windows spread evenly, from the earliest to the latest. With segments the first view has the first frame of
+    each segment, and each one after it frames that are later by the same share of a segment, as VideoMAE's two views
+    of Something-Something have. A single view is the middle, of the video or of each segment.
+    """
+    if config.sampling == "segments":
+        shares = [0.5] if views == 1 else [view / views for view in range(views)]
+        return [segment_frames(config, frames, np.full(config.frames, share))[0] for share in shares]
+    moments = [0.5] if views == 1 else np.linspace(0, 1, views).tolist()
+    return [frame_indices(config, frames, stored_rate, moment)[0] for moment in moments]
+
+
+def segment_frames(config: ClipConfig, frames: int, shares: np.ndarray) -> tuple[np.ndarray, bool]:
+    """Chooses one stored frame in each of `config.frames` equal segments of a sample.
+
+    Args:
+        config: The clip.
+        frames: Frames in the sample, at least 1.
+        shares: `(config.frames,)` where in its segment each frame lies, in [0, 1).
+
+    Returns:
+        `(config.frames,)` ascending frame numbers, and whether the sample was too short, in which case frames are
+        repeated.
+    """
+    moments = np.arange(config.frames) + shares
+    return np.floor(moments * (frames / config.frames)).astype(np.int64).clip(max=frames - 1), frames < config.frames
+
+
+def frame_indices(config: ClipConfig, frames: int, stored_rate: float, moment: float) -> tuple[np.ndarray, bool]:
+    """Chooses the stored frames of a clip that shows a time window.
+
+    Args:
+        config: The clip; it gives a frame rate or a stride.
         frames: Frames in the sample, at least 1.
         stored_rate: Stored frames per second.
         moment: Where the time window lies, from 0 (earliest) to 1 (latest).

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Literal
 
+from pretrain.data.augmentation import AugmentConfig
 from pretrain.data.clips import ClipConfig
 from pretrain.data.decode_client import DECODE_LIMIT_S, refuse_decode_limit
 from pretrain.data.quarantine import read_quarantine
@@ -25,6 +26,8 @@ class DataConfig:
     """Where shards from URLs are kept."""
     clip: ClipConfig = dataclasses.field(default_factory=ClipConfig)
     """How a clip is cut from a sample."""
+    augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
+    """How a training clip is changed after it was cut."""
     packing: PackingConfig | None = None
     """Clips of any size packed into sequences (NaViT); None cuts all clips to one size."""
     repeats: int = 1
@@ -73,6 +76,7 @@ class DataConfig:
             raise Refused(f"data.workers: {self.workers} must not be negative")
         if not 0 <= self.max_bad_share <= 1:
             raise Refused(f"data.max_bad_share: {self.max_bad_share} must lie between 0 and 1")
+        self.augment.validate()
         if self.packing is not None:
             self.packing.validate(self.micro_batch)
         self.cache.validate()

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from pretrain.data.augmentation import augmented
 from pretrain.data.clips import cut, is_mirrored
 from pretrain.data.config import DataConfig
 from pretrain.data.loader import MicroBatches, load_batches, no_substitute
@@ -141,6 +142,7 @@ class PackedTrainingClips(TrainingClips):
         shape = sizing.pixels(grid)
         box = shaped_box(config, frames.shape[1:3], shape, key("crop"))
         clip = cut(frames, box, shape, is_mirrored(config, key("flip")))
+        clip = augmented(self.config.augment, clip, key("augment"), config.mean, config.std)
         return tokens_of(clip, grid, kept, self.packing, key("drop"), key("mask"), key("decoder_mask"))
 
 

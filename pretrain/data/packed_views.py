@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from pretrain.data.clips import cut, frame_indices
+from pretrain.data.clips import cut, view_frames
 from pretrain.data.decode_client import DECODE_LIMIT_S, open_video_apart
 from pretrain.data.packed_clips import grid_of_sample
 from pretrain.data.packed_sequences import ClipTokens, Sequences, fill_sequences, shaped_box, tokens_of
@@ -140,8 +140,7 @@ def cut_packed_views(
         BadSample: The video cannot be decoded.
     """
     clip = dataclasses.replace(packing.sizing.clip, frames=packing.sizing.frames(grid), crop="center")
-    moments = [0.5] if temporal == 1 else np.linspace(0, 1, temporal).tolist()
-    windows = [frame_indices(clip, len(reader), frame_rate, moment)[0] for moment in moments]
+    windows = view_frames(clip, len(reader), frame_rate, temporal)
     shape = packing.sizing.pixels(grid)
     shown = [torch.from_numpy(frames) for frames in read_time_windows(reader, windows)]
     return [cut(frames, shaped_box(clip, frames.shape[1:3], shape, key=0), shape) for frames in shown]

@@ -99,6 +99,11 @@ class ClipSizing:
     def validate(self) -> None:
         """Raises `Refused` for clips that tubelets cannot make up."""
         t, h, w = self.tubelet
+        if self.clip.sampling == "segments":
+            raise Refused(
+                "data.clip.sampling: segments give every clip as many frames, but a clip of data.packing has as many "
+                "as its video; use time_window"
+            )
         if self.clip.frames % t:
             raise Refused(
                 f"data.clip.frames: {self.clip.frames} frames do not divide into tubelets of {t}; change one of them"

@@ -1,6 +1,6 @@
 """The clips of one sample in training: read, decoded and cut, or those of a substitute where the sample is bad.
 
-All is a pure function of the request and the run's seed: which frames, crops and masks, and which substitute.
+All is a pure function of the request and the run's seed: frames, crops, augmentation, masks and substitutes.
 """
 
 import contextlib
@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from pretrain.data.clips import cut, frame_indices, is_mirrored, training_box
+from pretrain.data.augmentation import augmented
+from pretrain.data.clips import cut, is_mirrored, training_box, training_frames
 from pretrain.data.config import DataConfig
 from pretrain.data.decode_client import open_video_apart
 from pretrain.data.quarantine import read_quarantine
-from pretrain.data.randomness import Purpose, raw_words, sample_key, uniform
+from pretrain.data.randomness import Purpose, raw_words, sample_key
 from pretrain.data.shards import Sample, ShardSet
 from pretrain.data.video import read_time_windows
 from pretrain.errors import BadSample
@@ -46,7 +47,7 @@ class Costs(NamedTuple):
     Attributes:
         read_s: Seconds of reading from shards.
         decode_s: Seconds of decoding.
-        cut_s: Seconds of cutting clips and drawing masks.
+        cut_s: Seconds of cutting and augmenting clips and drawing masks.
         cache_hits: Reads of remote shards that the node's cache served.
         cache_misses: Reads that it had to fetch.
         places: Places of packed sequences for the encoder's tokens.
@@ -103,7 +104,7 @@ def clip_frames(
         As `frame_indices`.
     """
     key = clip_key(seed, request, repeat if config.time_windows == "own" else 0, "time")
-    return frame_indices(config.clip, frames, frame_rate, uniform(key)[0])
+    return training_frames(config.clip, frames, frame_rate, key)
 
 
 class TrainingClips(Dataset):
@@ -204,7 +205,9 @@ class TrainingClips(Dataset):
         clip = self.config.clip
         height, width = frames.shape[1:3]
         box = training_box(clip, height, width, clip_key(self.seed, request, repeat, "crop"))
-        return cut(frames, box, clip.size, is_mirrored(clip, clip_key(self.seed, request, repeat, "flip")))
+        shown = cut(frames, box, clip.size, is_mirrored(clip, clip_key(self.seed, request, repeat, "flip")))
+        key = clip_key(self.seed, request, repeat, "augment")
+        return augmented(self.config.augment, shown, key, clip.mean, clip.std)
 
     def _masks(self, request: Request) -> tuple[np.ndarray, np.ndarray]:
         if self.draw_mask is None:

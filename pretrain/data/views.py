@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from pretrain.data.clips import ClipConfig, cut, frame_indices, view_box
+from pretrain.data.clips import ClipConfig, cut, view_box, view_frames
 from pretrain.data.decode_client import DECODE_LIMIT_S, open_video_apart
 from pretrain.data.loader import load_batches
 from pretrain.data.shards import Sample, ShardSet
@@ -44,7 +44,7 @@ class EvaluationViews(Dataset):
     Args:
         shards: The samples.
         config: The clip; its crop and flip are not used.
-        temporal: Time windows.
+        temporal: Time windows, or shifts within segments.
         spatial: Crops.
         decoder: Who decodes.
         decode_limit_s: Seconds that a decode may take; None or 0 decodes without limit or protection.
@@ -91,7 +91,7 @@ def views_of(
     Args:
         sample: The sample.
         config: The clip; its crop and flip are not used.
-        temporal: Time windows spread evenly over the sample; one is the middle.
+        temporal: Time windows spread evenly over the sample, or its segments' frames; one is the middle.
         spatial: Square crops spread evenly along the longer side; one is the centre.
         decoder: Who decodes.
 
@@ -105,9 +105,7 @@ def views_of(
 
 
 def _cut_views(reader: VideoReader, frame_rate: float, config: ClipConfig, temporal: int, spatial: int) -> torch.Tensor:
-    frames = len(reader)
-    moments = [0.5] if temporal == 1 else np.linspace(0, 1, temporal).tolist()
-    time_windows = [frame_indices(config, frames, frame_rate, moment)[0] for moment in moments]
+    time_windows = view_frames(config, len(reader), frame_rate, temporal)
     shown = [torch.from_numpy(one) for one in read_time_windows(reader, time_windows)]
     return torch.stack([crop for one in shown for crop in crops_of(one, config.size, spatial)])
 

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from pretrain.engine.averaging import WeightAverage
 from pretrain.engine.checkpoint_search import step_folders
 from pretrain.engine.distributed import Processes
 from pretrain.engine.failures import has_room, means_full_disk
@@ -106,6 +107,10 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         for stale in self.folder.glob("*-*.tmp-*"):
             shutil.rmtree(stale)
+
+    def include(self, average: WeightAverage) -> None:
+        """Lets checkpoints hold a moving average of the weights too, from the next one saved or loaded on."""
+        self.files.average = average
 
     def refuse_without_room(self, first_bytes: int) -> None:
         """Raises `DiskFull` where one more checkpoint finds no room; every rank calls it.
@@ -306,6 +311,8 @@ class Checkpoints:
             ) from None
         for group, values in zip(optimizer.param_groups, configured, strict=True):
             group.update(values)
+        if self.files.average:
+            self.files.average.load(saved.folder)
         if saved.folder.parent == self.folder:
             self._whole.add(saved.folder.name)
 

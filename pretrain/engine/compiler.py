@@ -12,10 +12,15 @@ from pretrain.engine.distributed import read_deepspeed
 from pretrain.errors import Refused
 
 
-def refuse_divided_weights(deepspeed: Path) -> None:
-    """Raises `Refused` if a DeepSpeed file asks for ZeRO 3, under which torch.compile finds weights of no length."""
+def refuse_divided_weights(deepspeed: Path, field: str = "compile") -> None:
+    """Raises `Refused` if a DeepSpeed file asks for ZeRO 3, under which a rank finds weights of no length.
+
+    Args:
+        deepspeed: The file.
+        field: Names what needs whole weights.
+    """
     if read_deepspeed(deepspeed).get("zero_optimization", {}).get("stage") == 3:
-        raise Refused(f"compile: does not go with ZeRO 3 of deepspeed {deepspeed}; use zero2, or leave compile out")
+        raise Refused(f"{field}: does not go with ZeRO 3 of deepspeed {deepspeed}; use zero2, or leave {field} out")
 
 
 def refuse_without_compiler() -> None:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from pretrain.engine.averaging import AVERAGE, WeightAverage
 from pretrain.engine.distributed import Processes
 from pretrain.engine.manifest import describe_files
 from pretrain.engine.universal import CLIENT_STATE, TAG
@@ -42,6 +43,7 @@ class RankFiles:
     def __init__(self, processes: Processes) -> None:
         """Copies nothing yet."""
         self.processes = processes
+        self.average: WeightAverage | None = None  # goes into checkpoints too where there is one
 
     @functools.cached_property
     def _stager(self) -> Any:
@@ -97,6 +99,8 @@ class RankFiles:
             return error
 
     def _hand_over(self, folder: Path, model: nn.Module, optimizer: Any, take: Taking) -> None:
+        if self.average and self.processes.is_main:
+            take(save_file, dict(self.average.weights()), folder / AVERAGE)
         if self.processes.uses_deepspeed:
             _hand_over_with_deepspeed(model, folder, take)
         elif self.processes.is_main:
@@ -125,9 +129,10 @@ class RankFiles:
 
     def _needed(self) -> list[tuple[int, tuple[str, ...]]]:
         """What must be in a checkpoint: parts of file names, each with the rank that writes it."""
+        needed: list[tuple[int, tuple[str, ...]]] = [(0, (AVERAGE,))] if self.average else []
         if not self.processes.uses_deepspeed:
-            return [(0, (WEIGHTS,)), (0, (OPTIMIZER,))]
-        needed: list[tuple[int, tuple[str, ...]]] = [(0, ("model_states.pt",))]
+            return [*needed, (0, (WEIGHTS,)), (0, (OPTIMIZER,))]
+        needed += [(0, ("model_states.pt",))]
         if zero_stage(self.processes) > 0:
             needed += [(rank, (f"zero_pp_rank_{rank}_", "optim_states.pt")) for rank in range(self.processes.world)]
         return needed

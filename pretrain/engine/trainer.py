@@ -6,6 +6,7 @@ never makes the GPU wait; a checkpoint is written only after all of them were fo
 whether a rank was told to stop (see `preemption.py`), so all ranks save and end in the same step.
 """
 
+import contextlib
 import logging
 import math
 import random
@@ -19,6 +20,7 @@ import torch
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
+from pretrain.engine.averaging import WeightAverage
 from pretrain.engine.checkpoint import Checkpoints
 from pretrain.engine.distributed import Processes
 from pretrain.engine.feeding import begin_reading, on_device
@@ -78,6 +80,7 @@ class Trainer:
         keys_path: File to which rank 0 appends the keys of each step's samples; None writes none.
         stop: Knows whether this rank was told to stop.
         watchdog: Is told what the run is about to do.
+        average: Takes in the weights after each step.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class Trainer:
         keys_path: Path | None = None,
         stop: StopRequests | None = None,
         watchdog: Watchdog | None = None,
+        average: WeightAverage | None = None,
     ) -> None:
         """Keeps the arguments."""
         self.plan = plan
@@ -111,6 +115,7 @@ class Trainer:
         self.state = state
         self.validation = validation
         self.keys_path = keys_path
+        self.average = average
         self.stop = stop or StopRequests()
         self.watchdog = watchdog or Watchdog(0, skipped_path.parent, processes.rank, lambda reason: None)
         self.samples_read = plan.samples_read
@@ -217,6 +222,8 @@ class Trainer:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             loss_sum += loss.detach().float()
+        if self.average:
+            self.average.update(self.model, step + 1)
         return _StepRecord(
             step=step,
             loss_and_norm=begin_reading(loss_sum / self.plan.accumulation, gradient_norm),
@@ -271,6 +278,7 @@ class Trainer:
             "memory_gib": float(memory.max()),
             "padded": self.samples_padded,
             "skipped": self.samples_skipped,
+            **({"ema_decay": self.average.decay_at(done)} if self.average else {}),
             **({"quarantined": self.samples_quarantined} if self.samples_quarantined else {}),
             **(record.metrics or {}),
         }
@@ -362,7 +370,7 @@ class Trainer:
         saved = f"after step {self.plan.first_step}, which is saved"
         hook = self.stop.abandon_forward(self.model, self.processes, saved)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self.average.shown_by(self.model) if self.average else contextlib.nullcontext():
                 return validation(self.model)
         finally:
             hook.remove()

@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms.v2.functional import resize as torchvision_resize
 
-from pretrain.data.clips import ClipConfig, cut, frame_indices, is_mirrored, training_box, view_box
+from pretrain.data.clips import (
+    ClipConfig,
+    cut,
+    frame_indices,
+    is_mirrored,
+    training_box,
+    training_frames,
+    view_box,
+    view_frames,
+)
 from pretrain.data.randomness import key_for
 from pretrain.errors import Refused
 
@@ -76,6 +85,52 @@ def test_a_short_sample_is_read_once_and_its_last_frame_repeated():
 def test_a_clip_faster_than_its_video_shows_frames_twice():
     indices, padded = frame_indices(by_rate(8, 24.0), 10, 12.0, 0.0)
     assert (indices.tolist(), padded) == ([0, 1, 1, 2, 2, 3, 3, 4], False)
+
+
+def by_segments(frames: int) -> ClipConfig:
+    return ClipConfig(frames=frames, sampling="segments")
+
+
+@EXAMPLES
+@given(st.integers(1, 20), st.integers(1, 300), st.integers(0, 2**128 - 1))
+def test_a_training_clip_has_one_frame_of_each_of_its_equal_segments(count, stored, key):
+    indices, padded = training_frames(by_segments(count), stored, 30.0, key)
+    bounds = np.arange(count + 1) * (stored / count)
+    assert len(indices) == count
+    assert np.all((np.floor(bounds[:-1]) <= indices) & (indices <= np.ceil(bounds[1:] - 1e-9) - (stored >= count)))
+    assert 0 <= indices[0] <= indices[-1] <= stored - 1
+    assert padded == (stored < count)
+    assert training_frames(by_segments(count), stored, 30.0, key)[0].tolist() == indices.tolist()
+
+
+def test_each_frame_of_a_segment_is_drawn_equally_often_and_each_segment_for_itself():
+    drawn = np.stack([training_frames(by_segments(4), 20, 30.0, key_for(number))[0] for number in range(1000)])
+    for number, column in enumerate(drawn.T):
+        counts = collections.Counter(column.tolist())
+        assert counts.keys() == set(range(5 * number, 5 * number + 5))
+        assert all(abs(count - 200) < 60 for count in counts.values())
+    assert len({tuple(row) for row in drawn.tolist()}) > 400, "of 625"
+
+
+@EXAMPLES
+@given(st.integers(1, 20), st.integers(1, 300))
+def test_two_views_of_segments_are_the_two_that_videomae_tests_something_something_with(count, stored):
+    tick = stored / float(count)
+    both = [int(tick / 2.0 + tick * x) for x in range(count)] + [int(tick * x) for x in range(count)]
+    ordered = sorted(both)
+    views = view_frames(by_segments(count), stored, 30.0, 2)
+    assert np.abs(np.stack(views) - np.stack([ordered[0::2], ordered[1::2]])).max() <= (tick != int(tick))
+    if tick == int(tick):
+        assert [view.tolist() for view in views] == [ordered[0::2], ordered[1::2]]
+
+
+def test_views_are_spread_evenly_and_a_single_one_is_the_middle():
+    assert [view.tolist() for view in view_frames(by_segments(3), 12, 30.0, 1)] == [[2, 6, 10]]
+    found = [view.tolist() for view in view_frames(by_segments(3), 12, 30.0, 4)]
+    assert found == [[0, 4, 8], [1, 5, 9], [2, 6, 10], [3, 7, 11]]
+    assert [view.tolist() for view in view_frames(by_segments(4), 2, 30.0, 2)] == [[0, 0, 1, 1]] * 2
+    assert [view.tolist() for view in view_frames(by_stride(2, 1), 10, 30.0, 3)] == [[0, 1], [4, 5], [8, 9]]
+    assert [view.tolist() for view in view_frames(by_stride(2, 1), 10, 30.0, 1)] == [[4, 5]]
 
 
 def videomae_crops(size: int, height: int, width: int) -> collections.Counter:
@@ -209,6 +264,10 @@ def test_mirroring_takes_half_of_the_clips_and_none_unless_asked():
     [
         ({}, "exactly one of frame_rate and stride"),
         ({"frame_rate": 7.5, "stride": 4}, "exactly one of frame_rate and stride"),
+        *(
+            ({"sampling": "segments", name: 2}, r"data\.clip\.sampling: segments .* to null, or")
+            for name in ("frame_rate", "stride")
+        ),
         ({"stride": 4, "frames": 0}, r"data\.clip\.frames"),
         ({"stride": 4, "size": 0}, r"data\.clip\.size"),
         ({"stride": 0}, r"data\.clip\.stride must be finite and greater than 0"),
@@ -229,4 +288,5 @@ def test_a_clip_that_cannot_be_cut_is_refused_by_its_field(fields, message):
     with pytest.raises(Refused, match=message):
         ClipConfig(**fields).validate()
     ClipConfig(stride=4).validate()
+    ClipConfig(sampling="segments").validate()
     ClipConfig(frame_rate=7.5).validate()

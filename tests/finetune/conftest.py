@@ -6,6 +6,7 @@ import pytest
 
 from tests.runs import TINY, tiny_pretraining
 
+AUGMENTED = "repeats: 2\n  augment: {rand_augment: rand-m7-n4-mstd0.5-inc1, erasing: 0.25}"
 TINY_FINETUNING = """
 steps: 6
 drop_path: 0.2
@@ -35,7 +36,7 @@ def pretrained(packed_shards, tmp_path_factory) -> Path:
 def finetuning(packed_shards, pretrained, tmp_path_factory) -> list[str]:
     """The command line of a finetuning run, without --out."""
     recipe = tmp_path_factory.mktemp("finetuning") / "tiny.yaml"
-    data = f"data:\n  shards: {packed_shards}"
+    data = f"data:\n  shards: {packed_shards}\n  {AUGMENTED}"
     recipe.write_text(TINY.replace("data:", data) + TINY_FINETUNING)
     held_out = ["--validation.shards", str(packed_shards), "--validation.every", "3"]
     return ["finetune", "--config", str(recipe), "--encoder", str(pretrained), *held_out]
