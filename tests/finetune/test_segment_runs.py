@@ -29,8 +29,8 @@ def test_a_classifier_of_segments_is_evaluated_and_asked_on_segments(finetuning,
     assert [evaluated[name] for name in ("top1", "samples")] == [trained[name] for name in ("top1", "samples")]
 
     video = make_video(tmp_path / "long.mp4", frames=40)
-    shown = clips_of(str(video), description, ViewsConfig(temporal=2))
     stored = transcode(str(video), short_side=description.short_side, gop=16, frame_rate=description.frame_rate)
+    shown = clips_of(stored, description, ViewsConfig(temporal=2))
     whole = torch.from_numpy(open_video(stored.video).read([0, 10, 20, 30, 5, 15, 25, 35]))
     expected = cut(whole, view_box(stored.height, stored.width, 0, 1), description.clip.size)
     assert torch.equal(shown.flatten(0, 1), expected)
