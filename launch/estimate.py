@@ -20,6 +20,7 @@ from pretrain.commandline import find_recipe, parse, recipes_folder
 from pretrain.config import PretrainConfig, RunConfig
 from pretrain.data.order import Order
 from pretrain.engine.activations import Kept, fake_activations, step_flops
+from pretrain.engine.checkpoint import BYTES_OF_AVERAGE
 from pretrain.engine.checkpoint_size import checkpoint_bytes, kept_checkpoints
 from pretrain.engine.compiler import refuse_divided_weights
 from pretrain.engine.memory import Zero, read_zero, state_bytes
@@ -88,8 +89,9 @@ def estimate(question: Question) -> dict[str, Any]:
     model = trained.on_meta()
     counts = trained.parameters(model)
     parameters = sum(counts.values())
-    constants = sum(buffer.numel() for buffer in model.buffers())
-    stored = sum(value.numel() for value in model.state_dict().values()) - parameters
+    trained_numbers = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    constants = sum(buffer.numel() for buffer in model.buffers()) + parameters - trained_numbers
+    stored = sum(value.numel() for value in model.state_dict().values()) - trained_numbers
     engines = engines_of(chosen)
     flops = step_flops(model, trained.batch(trained.group), trained.loss) // (trained.group * config.data.repeats)
     clips_per_step = config.data.global_batch * config.data.repeats
@@ -100,10 +102,13 @@ def estimate(question: Question) -> dict[str, Any]:
     if config.precision != "fp32":
         activations["DeepSpeed"] = _activations(config, trained, batch, casts=True)
     batches = BATCHES * sum(part.nbytes for part in batch if hasattr(part, "nbytes"))
+    is_averaged = isinstance(config, FinetuneConfig) and config.ema.decay is not None
+    average = BYTES_OF_AVERAGE * (trained_numbers + stored) if is_averaged else 0
     rows = []
     for name, zero in engines.items():
         kept = activations["plain" if zero is None else "DeepSpeed"]
-        state = state_bytes(parameters, world, config.precision, zero, constants)
+        state = state_bytes(trained_numbers, world, config.precision, zero, constants)
+        state = dataclasses.replace(state, weights=state.weights + average)
         used = kept["recomputed" if config.activation_checkpointing else "kept"]
         row = {
             "engine": name,
@@ -112,7 +117,7 @@ def estimate(question: Question) -> dict[str, Any]:
             "batches": batches,
             "activations": used,
             "total": state.device + batches + used,
-            "checkpoint": checkpoint_bytes(parameters, stored, config.precision, zero),
+            "checkpoint": checkpoint_bytes(trained_numbers, stored, config.precision, zero) + average,
         }
         rows.append(row)
     return {
