@@ -23,7 +23,7 @@ from pretrain.data.order import Order
 from pretrain.engine.activations import Kept, fake_activations, step_flops
 from pretrain.engine.checkpoint_size import checkpoint_bytes, kept_checkpoints
 from pretrain.engine.compiler import refuse_divided_weights
-from pretrain.engine.memory import Zero, read_zero, state_bytes
+from pretrain.engine.memory import FULL, Zero, read_zero, state_bytes
 from pretrain.errors import Refused
 from pretrain.model.blocks import recompute_activations
 from pretrain.stage import open_sets, order_of
@@ -98,7 +98,7 @@ def estimate(question: Question) -> dict[str, Any]:
     if config.precision != "fp32":
         activations["DeepSpeed"] = _activations(config, trained, batch, casts=True)
     batches = BATCHES * sum(part.nbytes for part in batch if hasattr(part, "nbytes"))
-    rows = _memory_rows(config, world, chosen, parameters, model, activations, batches)
+    rows = _memory_rows(config, world, chosen, model, activations, batches)
     steps = length["steps"]
     return {
         "stage": stage,
@@ -129,19 +129,23 @@ def _memory_rows(
     config: RunConfig,
     world: int,
     chosen: Path | None,
-    parameters: int,
     model: nn.Module,
     activations: dict[str, dict[str, int]],
     batches: int,
 ) -> list[dict[str, Any]]:
     """Returns what one process holds under each engine, and what its checkpoints take."""
-    constants = sum(buffer.numel() for buffer in model.buffers())
-    stored = sum(value.numel() for value in model.state_dict().values()) - parameters
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    constants = sum(buffer.numel() for buffer in model.buffers()) + numbers - trained
+    stored = sum(value.numel() for value in model.state_dict().values()) - trained
+    is_averaged = isinstance(config, FinetuneConfig) and config.ema.decay is not None
+    average = FULL * (trained + stored) if is_averaged else 0
     configured = read_zero(chosen).stage if chosen else None
     rows = []
     for name, zero in engines_of(chosen).items():
         kept = activations["plain" if zero is None else "DeepSpeed"]
-        state = state_bytes(parameters, world, config.precision, zero, constants)
+        state = state_bytes(trained, world, config.precision, zero, constants)
+        state = dataclasses.replace(state, weights=state.weights + average)
         used = kept["recomputed" if config.activation_checkpointing else "kept"]
         row = {
             "engine": name,
@@ -150,7 +154,7 @@ def _memory_rows(
             "batches": batches,
             "activations": used,
             "total": state.device + batches + used,
-            "checkpoint": checkpoint_bytes(parameters, stored, config.precision, zero),
+            "checkpoint": checkpoint_bytes(trained, stored, config.precision, zero) + average,
         }
         rows.append(row)
     return rows

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from finetune.classifier import ModelDescription
+from finetune.classifier import Classifier, ModelDescription
 from finetune.config import FinetuneConfig
 from finetune.finetuning import build_objective, starting_point
+from finetune.freezing import freeze
 from pretrain.config import PretrainConfig, RunConfig
 from pretrain.data.loader import Batch
 from pretrain.data.packed_clips import PackedBatch
@@ -49,7 +50,7 @@ class TrainedModel(NamedTuple):
             return self.build()
 
     def parameters(self, model: nn.Module) -> dict[str, int]:
-        """Returns the number of trained parameters in each part of a model that `build` returned."""
+        """Returns the number of parameters in each part of a model that `build` returned, the frozen ones included."""
         first, rest = self.parts
         counts = {first: 0, rest: 0}
         for name, parameter in model.named_parameters():
@@ -97,11 +98,16 @@ def finetuned_model(config: FinetuneConfig, classes: int) -> TrainedModel:
             return _packed_batch(config, description.packed, samples)
         return _batch(config, samples)
 
+    def classifier() -> Classifier:
+        built = description.build(description.build_encoder())
+        freeze(built, config.freeze)
+        return built
+
     # Mixed clips cost the model what others cost.
     unmixed = dataclasses.replace(config.mixing, mixup=0.0, cutmix=0.0)
     return TrainedModel(
         start.architecture,
-        lambda: description.build(description.build_encoder()),
+        classifier,
         batch,
         build_objective(unmixed, data.clip, classes, packed=bool(data.packing)),
         data.packing.group if data.packing else 1,

@@ -54,9 +54,9 @@ def checkpoint_bytes_of(model: nn.Module, precision: Precision, deepspeed: Path 
         precision: Arithmetic of the forward and backward pass.
         deepspeed: File of a DeepSpeed configuration, or None for plain data parallelism.
     """
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    constants = sum(value.numel() for value in model.state_dict().values()) - parameters
-    return checkpoint_bytes(parameters, constants, precision, read_zero(deepspeed) if deepspeed else None)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    constants = sum(value.numel() for value in model.state_dict().values()) - trained
+    return checkpoint_bytes(trained, constants, precision, read_zero(deepspeed) if deepspeed else None)
 
 
 def kept_checkpoints(steps: int, config: CheckpointConfig) -> KeptCheckpoints:

@@ -6,7 +6,7 @@ import pytest
 
 from tests.runs import TINY, tiny_pretraining
 
-AUGMENTED = "repeats: 2\n  augment: {rand_augment: rand-m7-n4-mstd0.5-inc1, erasing: 0.25}"
+AUGMENTED = "augment: {rand_augment: rand-m7-n4-mstd0.5-inc1, erasing: 0.25}"
 TINY_FINETUNING = """
 steps: 6
 drop_path: 0.2

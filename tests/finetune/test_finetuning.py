@@ -50,7 +50,7 @@ def test_a_run_with_pyav_learns_the_same_and_never_asks_for_decord(finetuned, fi
         assert (tmp_path / "run" / name).read_bytes() == (finetuned / name).read_bytes()
 
 
-def test_resuming_with_drop_path_mixup_and_augmented_repeats_is_exact_to_the_bit(finetuned, finetuning, tmp_path):
+def test_resuming_with_drop_path_mixup_and_augmentation_is_exact_to_the_bit(finetuned, finetuning, tmp_path):
     out = Path(shutil.copytree(finetuned, tmp_path / "run"))
     for name in ("checkpoints/step-00000006", "model"):
         shutil.rmtree(out / name)

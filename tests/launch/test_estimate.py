@@ -105,6 +105,25 @@ def test_a_finetuning_run_is_estimated_with_as_many_classes_as_its_set_has(packe
     assert by_shards["length"]["steps_per_epoch"] == 2
 
 
+def test_frozen_weights_have_no_gradients_and_an_average_takes_four_bytes_a_number(run, tmp_path, capsys):
+    recipe = tmp_path / "finetune.yaml"
+    recipe.write_text(TINY + f"head: {{pool: mean}}\nencoder: {run}\nsteps: 6\n")
+    usual = ["--config", recipe, "--classes", 2, "--samples", 11]
+    whole, frozen, averaged = (
+        told(capsys, *usual, *more) for more in ([], ["--freeze", "encoder"], ["--ema.decay", "0.9"])
+    )
+    head, total = whole["parameters"]["head"], whole["parameters"]["total"]
+    assert frozen["parameters"] == whole["parameters"]
+    for before, fewer, more in zip(whole["memory"], frozen["memory"], averaged["memory"], strict=True):
+        if before["engine"] == "no DeepSpeed":
+            assert (before["gradients"], fewer["gradients"]) == (4 * total, 4 * head)
+            assert fewer["weights"] == before["weights"]
+            assert before["checkpoint"] - fewer["checkpoint"] == 8 * (total - head)
+            assert fewer["activations"] < before["activations"]
+        assert more["weights"] - before["weights"] == 4 * total
+        assert more["checkpoint"] - before["checkpoint"] == 4 * total
+
+
 def test_packed_clips_are_estimated_as_full_sequences(recipe):
     positions = ["--encoder.positions", "factorised", "--steps", "9"]
     found = []
