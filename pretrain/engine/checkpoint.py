@@ -105,7 +105,7 @@ class Checkpoints:
     def _remove_leftovers(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for stale in self.folder.glob("*-*.tmp-*"):
-            shutil.rmtree(stale)
+            _remove(stale)
 
     def refuse_without_room(self, first_bytes: int) -> None:
         """Raises `DiskFull` where one more checkpoint finds no room; every rank calls it.
@@ -245,8 +245,7 @@ class Checkpoints:
     def _prune(self, newest: Path) -> None:
         """Removes older checkpoints once `keep_last` whole ones stay, but for those that stay for good.
 
-        Damaged ones and those of later steps do not count, and the newest whole one is never removed. What cannot be
-        removed, such as a file that NFS keeps for somebody who reads it, stays until the next time.
+        Damaged ones and those of later steps do not count, and the newest whole one is never removed.
         """
         kept = 0
         for folder in reversed([folder for folder in step_folders(self.folder) if folder.name <= newest.name]):
@@ -255,10 +254,7 @@ class Checkpoints:
                 continue
             if self.config.keep_every and int(folder.name.removeprefix("step-")) % self.config.keep_every == 0:
                 continue
-            try:
-                shutil.rmtree(folder)
-            except OSError as error:
-                logger.warning("%s cannot be removed now (%s)", folder, error)
+            _remove(folder)
         remove_orphans(self.folder)
 
     def _is_whole(self, folder: Path) -> bool:
@@ -331,6 +327,17 @@ class Checkpoints:
             self._rename(temporary, final)
         except Exception as error:
             raise self._undone(error, temporary, final) from error
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder; what cannot be removed stays until the next time.
+
+    That is what an attempt that has lost the run still writes, or a file that NFS keeps for somebody who reads it.
+    """
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        logger.warning("%s cannot be removed now (%s)", folder, error)
 
 
 def engine_kind(processes: Processes) -> dict[str, Any]:
