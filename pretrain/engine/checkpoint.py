@@ -26,7 +26,7 @@ from pretrain.engine.distributed import Processes
 from pretrain.engine.failures import has_room, means_full_disk
 from pretrain.engine.manifest import Saved, size_bytes, verify, write_manifest
 from pretrain.engine.ownership import RunLock
-from pretrain.engine.rank_files import OPTIMIZER, WEIGHTS, RankFiles, Report, zero_stage
+from pretrain.engine.rank_files import OPTIMIZER, WEIGHTS, RankFiles, Written, zero_stage
 from pretrain.engine.universal import (
     TAG,
     convert,
@@ -77,7 +77,7 @@ class _InFlight(NamedTuple):
     final: Path
     step: int
     state: dict[str, Any]
-    report: "Future[Report]"
+    report: "Future[Written]"
 
 
 class Checkpoints:
@@ -131,7 +131,7 @@ class Checkpoints:
             TubeletError: A rank failed to write, or a file is missing.
         """
         temporary, final = self._open(step)
-        report: Future[Report] = Future()
+        report: Future[Written] = Future()
         report.set_result(self.files.write(temporary, model, optimizer))
         self._in_flight = _InFlight(temporary, final, step, state, report)
         self.finish()
@@ -200,7 +200,7 @@ class Checkpoints:
                 f"free on the disk; free some and start again; the checkpoints before are whole"
             )
 
-    def _commit(self, saved: _InFlight, reports: list[Report]) -> None:
+    def _commit(self, saved: _InFlight, reports: list[Written]) -> None:
         """Commits what all ranks wrote, or removes it and raises; runs on rank 0."""
         files: dict[str, Any] = {}
         try:
