@@ -12,7 +12,8 @@ from pretrain.errors import Refused
 
 USAGE = """tubelet launch local [--gpus N | --processes N] -- pretrain ... [--then finetune ...]
        tubelet launch slurm [OPTIONS] [--dry-run] -- pretrain ... [--then finetune ...]
-       tubelet launch slurm [OPTIONS] [--array 0-15] [--dry-run] -- pack VIDEOS SHARDS ..."""
+       tubelet launch slurm [OPTIONS] [--array 0-15] [--dry-run] -- pack VIDEOS SHARDS ...
+       tubelet launch local|slurm [OPTIONS] -- doctor ...    whether such a run could start there"""
 
 SLURM_OPTIONS = {
     "nodes": (int, "N", "nodes"),

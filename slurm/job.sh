@@ -135,6 +135,10 @@ requeue() {
     local job
     job=$(scontrol show job --oneliner "$JOB")
     case $job in
+        "")
+            echo "tubelet: exit code $1; scontrol does not answer, so job $JOB is not requeued; submit it again" >&2
+            exit "$1"
+            ;;
         *" JobState=RUNNING "* | *" JobState=SIGNALING "* | *" Reason=TimeLimit "*) ;;
         *)
             echo "tubelet: exit code $1; job $JOB is being ended, so it is not requeued" >&2

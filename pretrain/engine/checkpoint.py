@@ -27,7 +27,7 @@ from pretrain.engine.distributed import Processes
 from pretrain.engine.failures import has_room, means_full_disk
 from pretrain.engine.manifest import Saved, size_bytes, verify, write_manifest
 from pretrain.engine.ownership import RunLock
-from pretrain.engine.rank_files import OPTIMIZER, WEIGHTS, RankFiles, Report, zero_stage
+from pretrain.engine.rank_files import OPTIMIZER, WEIGHTS, RankFiles, Written, zero_stage
 from pretrain.engine.universal import (
     TAG,
     convert,
@@ -78,7 +78,7 @@ class _InFlight(NamedTuple):
     final: Path
     step: int
     state: dict[str, Any]
-    report: "Future[Report]"
+    report: "Future[Written]"
 
 
 class Checkpoints:
@@ -106,7 +106,7 @@ class Checkpoints:
     def _remove_leftovers(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for stale in self.folder.glob("*-*.tmp-*"):
-            shutil.rmtree(stale)
+            _remove(stale)
 
     def include(self, average: WeightAverage) -> None:
         """Lets checkpoints hold a moving average of the weights too, from the next one saved or loaded on."""
@@ -136,7 +136,7 @@ class Checkpoints:
             TubeletError: A rank failed to write, or a file is missing.
         """
         temporary, final = self._open(step)
-        report: Future[Report] = Future()
+        report: Future[Written] = Future()
         report.set_result(self.files.write(temporary, model, optimizer))
         self._in_flight = _InFlight(temporary, final, step, state, report)
         self.finish()
@@ -205,7 +205,7 @@ class Checkpoints:
                 f"free on the disk; free some and start again; the checkpoints before are whole"
             )
 
-    def _commit(self, saved: _InFlight, reports: list[Report]) -> None:
+    def _commit(self, saved: _InFlight, reports: list[Written]) -> None:
         """Commits what all ranks wrote, or removes it and raises; runs on rank 0."""
         files: dict[str, Any] = {}
         try:
@@ -250,8 +250,7 @@ class Checkpoints:
     def _prune(self, newest: Path) -> None:
         """Removes older checkpoints once `keep_last` whole ones stay, but for those that stay for good.
 
-        Damaged ones and those of later steps do not count, and the newest whole one is never removed. What cannot be
-        removed, such as a file that NFS keeps for somebody who reads it, stays until the next time.
+        Damaged ones and those of later steps do not count, and the newest whole one is never removed.
         """
         kept = 0
         for folder in reversed([folder for folder in step_folders(self.folder) if folder.name <= newest.name]):
@@ -260,10 +259,7 @@ class Checkpoints:
                 continue
             if self.config.keep_every and int(folder.name.removeprefix("step-")) % self.config.keep_every == 0:
                 continue
-            try:
-                shutil.rmtree(folder)
-            except OSError as error:
-                logger.warning("%s cannot be removed now (%s)", folder, error)
+            _remove(folder)
         remove_orphans(self.folder)
 
     def _is_whole(self, folder: Path) -> bool:
@@ -338,6 +334,17 @@ class Checkpoints:
             self._rename(temporary, final)
         except Exception as error:
             raise self._undone(error, temporary, final) from error
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder; what cannot be removed stays until the next time.
+
+    That is what an attempt that has lost the run still writes, or a file that NFS keeps for somebody who reads it.
+    """
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        logger.warning("%s cannot be removed now (%s)", folder, error)
 
 
 def engine_kind(processes: Processes) -> dict[str, Any]:

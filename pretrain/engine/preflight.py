@@ -132,7 +132,7 @@ def differences(reported: Sequence[Sequence[Same]], hosts: Sequence[str]) -> lis
         hosts: The host of each rank.
     """
     problems = []
-    for alike in zip(*reported, strict=True):
+    for alike in zip(*reported, strict=False):  # another Tubelet may report more; that its version differs is told
         names = [name for name in alike[0].values if len({one.values.get(name) for one in alike}) > 1]
         told = []
         for name in names[:MOST_NAMED]:
@@ -238,7 +238,10 @@ def _unseen(folder: Path, token: str, told: Sequence[str | None]) -> list[int]:
 
 
 def _appears(path: Path, content: str, within_s: float = SEEN_WITHIN_S) -> bool:
-    """Whether a file with some content is there or comes soon; listing its folder makes a client of NFS look again."""
+    """Whether a file with some content is there or comes soon.
+
+    Listing its folder, and the one above, which may have lacked it a moment ago, makes a client of NFS look again.
+    """
     deadline = time.monotonic() + within_s
     while True:
         with contextlib.suppress(OSError):
@@ -247,8 +250,9 @@ def _appears(path: Path, content: str, within_s: float = SEEN_WITHIN_S) -> bool:
         if time.monotonic() > deadline:
             return False
         time.sleep(LOOK_EVERY_S)
-        with contextlib.suppress(OSError):
-            os.listdir(path.parent)
+        for folder in (path.parent.parent, path.parent):
+            with contextlib.suppress(OSError):
+                os.listdir(folder)
 
 
 def _told(error: TubeletError) -> TubeletError:

@@ -24,7 +24,7 @@ from pretrain.errors import TubeletError
 WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.pt"
 
-Report = dict[str, Any] | Exception
+Written = dict[str, Any] | Exception
 """Size and hash of each file that a rank wrote, or the error that stopped it."""
 
 Taking = Callable[[Callable[[Any, Path], None], Any, Path], None]
@@ -57,7 +57,7 @@ class RankFiles:
             )
         )
 
-    def write(self, folder: Path, model: nn.Module, optimizer: Any) -> Report:
+    def write(self, folder: Path, model: nn.Module, optimizer: Any) -> Written:
         """Writes, syncs and hashes this rank's files; every rank calls it."""
         try:
             self._hand_over(folder, model, optimizer, lambda write, content, path: write(content, path))
@@ -67,7 +67,7 @@ class RankFiles:
 
     def copy(
         self, folder: Path, model: nn.Module, optimizer: Any, more: Any = None
-    ) -> tuple[Callable[[], Report], Any]:
+    ) -> tuple[Callable[[], Written], Any]:
         """Copies what belongs into this rank's files, and more, into host memory; every rank calls it.
 
         Args:
@@ -90,7 +90,7 @@ class RankFiles:
         copies = [(write, copied, path) for (write, _, path), copied in zip(files, contents, strict=True)]
         return lambda: self._write_copies(folder, copies), more
 
-    def _write_copies(self, folder: Path, copies: list[tuple[Callable[[Any, Path], None], Any, Path]]) -> Report:
+    def _write_copies(self, folder: Path, copies: list[tuple[Callable[[Any, Path], None], Any, Path]]) -> Written:
         try:
             for write, content, path in copies:
                 write(content, path)

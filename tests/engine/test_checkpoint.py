@@ -107,6 +107,14 @@ def test_leftovers_of_an_interrupted_save_are_removed_at_the_start_and_never_res
     assert not leftover.exists()
 
 
+def test_a_leftover_that_cannot_be_removed_does_not_end_the_run(tmp_path, processes, caplog):
+    leftover = tmp_path / "checkpoints" / "step-00000020.tmp-1"
+    leftover.parent.mkdir()
+    leftover.write_text("no folder, which is what removing it expects")
+    opened(tmp_path, processes)
+    assert f"{leftover} cannot be removed now" in caplog.text
+
+
 def test_another_model_or_another_format_is_refused(tmp_path, processes):
     checkpoints = opened(tmp_path, processes)
     checkpoints.save(5, *trained(processes, seed=0), STATE)

@@ -53,6 +53,12 @@ def test_a_device_that_cannot_do_what_is_asked_for_is_named_unless_all_are_alike
         refuse_unfit([new, old._replace(host="node1"), new])
 
 
+def test_nodes_whose_tubelets_report_other_things_are_told_by_their_versions():
+    old, new = Same({"tubelet": "1"}, "mend it"), Same({"tubelet": "2"}, "mend it")
+    (problem,) = differences([(old,), (new, Same({"more": "x"}, ""))], ["node1", "node2"])
+    assert problem == "tubelet: is 1 on node1 (rank 0), but 2 on node2 (rank 1); mend it"
+
+
 def test_what_differs_is_told_with_both_values_the_hosts_and_the_remedy():
     first, other = Same({"torch": "2.6", "timm": "1.0"}, "mend it"), Same({"torch": "2.7", "timm": "1.0"}, "mend it")
     assert differences([(first,)] * 4, HOSTS) == []
