@@ -155,10 +155,12 @@ def _evaluate(arguments: list[str]) -> int:
         with met_by_every_rank():
             config = parse_plain(EvaluateConfig, "evaluate", arguments)
         figures = evaluate(config).figures
-        if launched_rank():
-            return
-        for name, value in figures.items():
-            print(f"{name:22s}{100 * value:6.2f} %" if isinstance(value, float) else f"{name:22s}{value:6d}")
+        if launched_rank() == 0:
+            from rich.console import Console
+
+            from finetune.evaluation_page import figures_table
+
+            Console().print(figures_table(figures))
 
     set_up_logging(main_process=launched_rank() == 0)
     return run_command(command)

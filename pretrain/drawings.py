@@ -1,6 +1,4 @@
-"""Drawings for pages, as inline SVG that follows the page's light or dark theme: curves, confusion matrices, calibration,
-intervals. Same input, same bytes; no files, no page.
-"""
+"""Drawings for pages, as inline SVG that follows the reader's light or dark theme: arrays in, text out; no files."""
 
 import io
 import re
@@ -96,6 +94,28 @@ def confusion_matrix(counts: np.ndarray, classes: Sequence[str]) -> str:
                 color = "#ffffff" if share[row, column] > 0.45 else INK
                 axes.text(column, row, f"{counts[row, column]:d}", color=color, ha="center", va="center")
         return _svg(canvas, f"Confusion matrix of {len(classes)} classes")
+
+
+def reliability_diagram(probabilities: Sequence[float], accuracies: Sequence[float], videos: Sequence[int]) -> str:
+    """Draws how often a model is right against how sure it is, as inline SVG.
+
+    Args:
+        probabilities: The mean probability of the predicted class in each bin.
+        accuracies: The share of each bin in which it is right.
+        videos: How many videos each bin holds; a point's area follows it.
+    """
+    with rc_context(_STYLE):
+        canvas = Canvas(figsize=(4.4, 4.2), layout="constrained")
+        canvas.suptitle("Calibration", x=0.01, ha="left")
+        axes = canvas.add_subplot(xlabel="probability of the predicted class, %", ylabel="right, %")
+        axes.set(xlim=(-3, 103), ylim=(-3, 103), aspect="equal", xticks=range(0, 101, 20), yticks=range(0, 101, 20))
+        axes.plot([0, 100], [0, 100], "--", color=MUTED, linewidth=1)
+        x, y = 100 * np.asarray(probabilities), 100 * np.asarray(accuracies)
+        axes.plot(x, y, color=SERIES[0], linewidth=1.2, alpha=0.6)
+        share = np.asarray(videos) / max(sum(videos), 1)
+        axes.scatter(x, y, s=12 + 380 * share, color=SERIES[0], linewidth=0, alpha=0.85, zorder=3, clip_on=False)
+        axes.grid(color=GRID, linewidth=0.8)
+        return _svg(canvas, "Reliability diagram")
 
 
 def _thinned(x: np.ndarray, runs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

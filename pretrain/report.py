@@ -18,7 +18,7 @@ import jinja2
 from markupsafe import Markup
 from PIL import Image
 
-from pretrain.drawings import confusion_matrix, curves
+from pretrain.drawings import confusion_matrix, curves, reliability_diagram
 from pretrain.files import write_text
 from pretrain.pictures import RECONSTRUCTION_NOTE, filmstrip, paint, visible_pixels
 
@@ -31,6 +31,7 @@ __all__ = [
     "curves",
     "filmstrip",
     "paint",
+    "reliability_diagram",
     "visible_pixels",
     "write_report",
 ]
@@ -40,7 +41,7 @@ WIDE_PX = 640
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture on a page: inline SVG from this file, a PIL image, or the path of a picture file."""
+    """A picture on a page: inline SVG from `drawings.py`, a PIL image, or the path of a picture file."""
 
     content: str | Image.Image | Path
     caption: str = ""
@@ -48,11 +49,12 @@ class Figure:
 
 @dataclass(frozen=True)
 class Table:
-    """A table on a page; cells are text or numbers."""
+    """A table on a page; cells are text or numbers, and rows beyond those `shown` are folded away."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[Any]]
     caption: str = ""
+    shown: int | None = None
 
 
 @dataclass(frozen=True)
@@ -106,14 +108,17 @@ def _picture(figure: Figure) -> Markup:
         content = figure.content.read_bytes()
     else:
         file = io.BytesIO()
-        figure.content.save(file, format="webp", lossless=True)
+        lossless = figure.content.mode != "RGB"  # frames of videos are; drawn pictures have clear parts
+        figure.content.save(file, format="webp", lossless=lossless, quality=85)
         kind, content = "webp", file.getvalue()
     source = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
     return Markup('<img src="{}" alt="{}">').format(source, figure.caption)
 
 
 def _is_wide(part: Figure | Table) -> bool:
-    """Returns whether a part needs the whole width of the page; small drawings stand side by side."""
+    """Returns whether a part needs the whole width of the page; small drawings and pictures stand side by side."""
+    if isinstance(part, Figure) and isinstance(part.content, Image.Image):
+        return part.content.width > WIDE_PX
     drawing = part.content if isinstance(part, Figure) and isinstance(part.content, str) else ""
     width = re.search(r"max-width: (\d+)px", drawing)
     return width is None or int(width[1]) > WIDE_PX
