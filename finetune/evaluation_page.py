@@ -20,11 +20,9 @@ PREDICTIONS = "predictions.jsonl"
 PAIRS_SHOWN = 15
 CLASSES_SHOWN = 20
 CLASSES_IN_ORDER = 12
-METHODS = {
-    "top1": "Wilson score interval over videos",
-    "top5": "Wilson score interval over videos",
-    "mean_class_accuracy": "bootstrap of the videos of each class",
-}
+INTERVALS_NOTE = (
+    "Intervals cover 95 %: Wilson's score interval over videos; for the class mean, a bootstrap of each class's videos."
+)
 
 
 def write_evaluation(
@@ -60,7 +58,7 @@ def write_evaluation(
                 *evaluation_sections(evaluation, classes, hardest),
                 *([Section("Curves", "Of the run that the model comes from.", curves)] if curves else []),
             ],
-            facts=record,
+            facts=record | {"views": views_text(record["views"])},
         )
 
 
@@ -83,6 +81,12 @@ def headline(figures: dict[str, Any]) -> list[tuple[str, str]]:
         (percent(figures[name]), f"{title}, {interval_text(figures[name + INTERVAL])}")
         for name, title in reversed(ACCURACIES.items())
     ]
+
+
+def views_text(views: dict[str, int]) -> str:
+    """Returns the views of each video as text."""
+    windows, crops = views["temporal"], views["spatial"]
+    return f"{windows} time window{'s' * (windows > 1)} x {crops} crop{'s' * (crops > 1)}"
 
 
 def percent(share: float) -> str:
@@ -133,11 +137,10 @@ def evaluation_sections(
 
 def _figures_part(figures: dict[str, Any]) -> Table:
     rows = [
-        (title, percent(figures[name]), interval_text(figures[name + INTERVAL]), METHODS[name])
-        for name, title in ACCURACIES.items()
+        (title, percent(figures[name]), interval_text(figures[name + INTERVAL])) for name, title in ACCURACIES.items()
     ]
-    caption = "Videos that could not be decoded count as wrong." if figures["errors"] else ""
-    return Table(("accuracy", "value", "95 % interval", "interval by"), rows, caption)
+    caption = INTERVALS_NOTE + (" Videos that could not be decoded count as wrong." if figures["errors"] else "")
+    return Table(("accuracy", "value", "95 % interval"), rows, caption, wide=False)
 
 
 def _calibration_parts(evaluation: Evaluation) -> list[Figure | Table]:
@@ -167,7 +170,8 @@ def _confusion_parts(evaluation: Evaluation, classes: tuple[str, ...]) -> list[F
         if (share := mistakes[true, predicted] / max(evaluation.videos[true], 1))
     ]
     header = ("true class", "taken for", "videos", "of the class")
-    return [matrix, Table(header, rows, "The most frequent confusions.")] if rows else [matrix]
+    beside = len(classes) <= CLASSES_IN_ORDER
+    return [matrix, Table(header, rows, "The most frequent confusions.", wide=not beside)] if rows else [matrix]
 
 
 def _classes_part(evaluation: Evaluation, classes: tuple[str, ...]) -> Table:

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 POINTS_DRAWN = 600
-CLASSES_NAMED = 40
+CLASSES_NAMED = 55
+CLASSES_NAMED_LARGE = 30
 CLASSES_COUNTED = 14
 
 # Matplotlib draws in these marker colours; on the page they become CSS variables and follow the theme.
@@ -75,7 +76,10 @@ def confusion_matrix(counts: np.ndarray, classes: Sequence[str]) -> str:
     side_in = float(np.clip(0.42 * len(classes), 2.2, 7.2))
     pixels = np.empty((*share.shape, 4), dtype=np.uint8)
     pixels[...] = (*MATRIX_COLOR, 0)
-    pixels[..., 3] = np.rint(255 * share**0.7)  # below 1, so that rare confusions show
+    exponent = (
+        0.7 if len(classes) <= CLASSES_NAMED else 0.5
+    )  # below 1, so that rare confusions show, in small cells too
+    pixels[..., 3] = np.rint(255 * share**exponent)
     with rc_context(_STYLE):
         canvas = Canvas(figsize=(side_in + 1.6, side_in + 1.3), layout="constrained")
         axes = canvas.add_subplot(xlabel="predicted", ylabel="true")
@@ -87,8 +91,9 @@ def confusion_matrix(counts: np.ndarray, classes: Sequence[str]) -> str:
             slanted: Any = (
                 {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 3 else {}
             )
-            axes.set_xticks(range(len(names)), names, **slanted)
-            axes.set_yticks(range(len(names)), names)
+            size = _STYLE["font.size"] if len(names) <= CLASSES_NAMED_LARGE else 7.2
+            axes.set_xticks(range(len(names)), names, fontsize=size, **slanted)
+            axes.set_yticks(range(len(names)), names, fontsize=size)
         if len(classes) <= CLASSES_COUNTED:
             for row, column in zip(*np.nonzero(counts), strict=True):
                 color = "#ffffff" if share[row, column] > 0.45 else INK

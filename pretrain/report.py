@@ -49,12 +49,16 @@ class Figure:
 
 @dataclass(frozen=True)
 class Table:
-    """A table on a page; cells are text or numbers, and rows beyond those `shown` are folded away."""
+    """A table on a page; cells are text or numbers.
+
+    Rows beyond those `shown` are folded away; one that is not `wide` stands beside a small drawing.
+    """
 
     header: Sequence[str]
     rows: Sequence[Sequence[Any]]
     caption: str = ""
     shown: int | None = None
+    wide: bool = True
 
 
 @dataclass(frozen=True)
@@ -117,9 +121,11 @@ def _picture(figure: Figure) -> Markup:
 
 def _is_wide(part: Figure | Table) -> bool:
     """Returns whether a part needs the whole width of the page; small drawings and pictures stand side by side."""
-    if isinstance(part, Figure) and isinstance(part.content, Image.Image):
+    if isinstance(part, Table):
+        return part.wide
+    if isinstance(part.content, Image.Image):
         return part.content.width > WIDE_PX
-    drawing = part.content if isinstance(part, Figure) and isinstance(part.content, str) else ""
+    drawing = part.content if isinstance(part.content, str) else ""
     width = re.search(r"max-width: (\d+)px", drawing)
     return width is None or int(width[1]) > WIDE_PX
 
