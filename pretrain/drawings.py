@@ -87,7 +87,7 @@ def confusion_matrix(counts: np.ndarray, classes: Sequence[str]) -> str:
         axes.spines[:].set_visible(True)
         axes.set(xticks=[], yticks=[])
         if len(classes) <= CLASSES_NAMED:
-            names = [name if len(name) <= 22 else f"{name[:21]}…" for name in map(str, classes)]
+            names = [_short(name) for name in map(str, classes)]
             slanted: Any = (
                 {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 3 else {}
             )
@@ -121,6 +121,34 @@ def reliability_diagram(probabilities: Sequence[float], accuracies: Sequence[flo
         axes.scatter(x, y, s=12 + 380 * share, color=SERIES[0], linewidth=0, alpha=0.85, zorder=3, clip_on=False)
         axes.grid(color=GRID, linewidth=0.8)
         return _svg(canvas, "Reliability diagram")
+
+
+def intervals(names: Sequence[str], values: Sequence[float], bounds: Sequence[Sequence[float]], x_label: str) -> str:
+    """Draws values with their intervals, one below the other, as inline SVG.
+
+    Args:
+        names: What each value belongs to.
+        values: The values.
+        bounds: Lower and upper bound of each.
+        x_label: What they are, with their unit.
+    """
+    with rc_context(_STYLE):
+        canvas = Canvas(figsize=(5.4, 0.9 + 0.36 * len(names)), layout="constrained")
+        axes = canvas.add_subplot(xlabel=x_label)
+        places = np.arange(len(names))
+        low, high = np.asarray(bounds, dtype=float).T
+        axes.hlines(places, low, high, color=SERIES[0], linewidth=2, alpha=0.6)
+        axes.scatter(values, places, s=34, color=SERIES[0], linewidth=0, zorder=3)
+        if low.min() < 0:  # differences, whose zero counts
+            axes.axvline(0, color=MUTED, linewidth=1, linestyle="--")
+        axes.set_yticks(places, [_short(name) for name in names])
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.grid(axis="x", color=GRID, linewidth=0.8)
+        return _svg(canvas, x_label)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 22 else f"{name[:21]}…"
 
 
 def _thinned(x: np.ndarray, runs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

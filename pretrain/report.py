@@ -18,7 +18,7 @@ import jinja2
 from markupsafe import Markup
 from PIL import Image
 
-from pretrain.drawings import confusion_matrix, curves, reliability_diagram
+from pretrain.drawings import confusion_matrix, curves, intervals, reliability_diagram
 from pretrain.files import write_text
 from pretrain.pictures import RECONSTRUCTION_NOTE, filmstrip, paint, visible_pixels
 
@@ -30,6 +30,7 @@ __all__ = [
     "confusion_matrix",
     "curves",
     "filmstrip",
+    "intervals",
     "paint",
     "reliability_diagram",
     "visible_pixels",

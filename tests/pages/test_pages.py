@@ -9,6 +9,7 @@ import pytest
 from finetune.evaluation_page import write_evaluation
 from finetune.figures import VideoLogits, figures_of
 from launch.cli import main
+from tests.finetune.test_compare import evaluated
 from tests.pages.opened_page import faults_of
 
 VIEWS = list(itertools.product((1280, 400), ("light", "dark")))
@@ -48,6 +49,19 @@ def test_the_page_of_an_evaluation_on_many_classes_is_whole(browser, count, tmp_
     record = {"shards": "shards/test", "views": {"temporal": 5, "spatial": 3}}
     write_evaluation(tmp_path, figures_of(seen, classes), classes, record)
     assert all_faults(browser, tmp_path / "report.html", f"evaluation-{count}", screenshots) == []
+
+
+def test_the_page_of_a_comparison_is_whole(browser, tmp_path, screenshots):
+    settings = "seed: {}\noptimizer: {{base_lr: {}}}\nencoder: {}\ndata: {{shards: a/rather/long/path/of/shards/{}}}\n"
+    groups: list[str] = []
+    for name, share, rate in (("scratch", 0.5, "1e-2"), ("linear probe", 0.6, "1e-3"), ("finetuned", 0.7, "5e-4")):
+        groups += ["--group", name]
+        for seed in range(3):
+            right = np.random.default_rng(seed).random(140) < share
+            config = settings.format(seed, rate, f"runs/{name}", name)
+            groups.append(str(evaluated(tmp_path / name / str(seed), right, config)))
+    assert main(["compare", *groups, "--out", str(tmp_path / "out")]) == 0
+    assert all_faults(browser, tmp_path / "out" / "report.html", "comparison", screenshots) == []
 
 
 def test_what_is_wrong_with_a_page_is_found(browser, tmp_path):
