@@ -97,6 +97,11 @@ def names_of(folders: Sequence[str]) -> list[str]:
     return list(folders)
 
 
+def set_text(run: RunResult) -> str:
+    """Returns the set that a run was evaluated on, as text."""
+    return f"{run.shards} (fingerprint {run.fingerprint[:12]}, {len(run.keys)} videos)"
+
+
 class Stratum(NamedTuple):
     """What the runs of a group found on one set.
 
@@ -187,21 +192,17 @@ def _refuse_other_videos(first: Group, other: Group) -> None:
         for run in one.runs:
             if _videos(run) not in known:
                 raise Refused(
-                    f"{run.folder}: was evaluated on {_set_text(run)}, and no run of {another.name} was, but on "
-                    f"{_set_text(another.runs[0])}; evaluate them on the same videos"
+                    f"{run.folder}: was evaluated on {set_text(run)}, and no run of {another.name} was, but on "
+                    f"{set_text(another.runs[0])}; evaluate them on the same videos"
                 )
     for videos in {_videos(run) for run in first.runs}:
         counts = [sum(_videos(run) == videos for run in group.runs) for group in (first, other)]
         if counts[0] * len(other.runs) != counts[1] * len(first.runs):
             known = next(run for run in first.runs if _videos(run) == videos)
             raise Refused(
-                f"--group: on {_set_text(known)} there are {counts[0]} of the {len(first.runs)} runs of {first.name}, "
+                f"--group: on {set_text(known)} there are {counts[0]} of the {len(first.runs)} runs of {first.name}, "
                 f"but {counts[1]} of the {len(other.runs)} of {other.name}; give each as many runs on each set"
             )
-
-
-def _set_text(run: RunResult) -> str:
-    return f"{run.shards} (fingerprint {run.fingerprint[:12]}, {len(run.keys)} videos)"
 
 
 def _differing_settings(groups: Sequence[Group]) -> dict[str, list[list[Any]]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table as TerminalTable
 
-from finetune.compare import Compared, Comparison, Group
+from finetune.compare import Compared, Comparison, Group, set_text
 from finetune.evaluation_page import interval_text, percent
 from finetune.figures import ACCURACIES
 from finetune.output import make_writable, writing_to
@@ -67,14 +67,10 @@ def write_comparison(out: Path, comparison: Comparison) -> Path:
                 Section(
                     "Settings",
                     "Those in which the runs differ." if settings else "The runs tell of none in which they differ.",
-                    [Table(settings_header, settings, shown=SETTINGS_SHOWN)] if settings else [],
+                    [Table(settings_header, settings, shown=SETTINGS_SHOWN, text=True)] if settings else [],
                 ),
+                Section("Runs", parts=[Table(("", "folder", "evaluated on"), _runs(comparison), text=True)]),
             ],
-            facts={
-                f"{group.name}{f' {number}' if len(group.runs) > 1 else ''}": str(run.folder)
-                for group in comparison.groups
-                for number, run in enumerate(group.runs, start=1)
-            },
         )
     return out / "report.html"
 
@@ -97,6 +93,10 @@ def _contents(comparison: Comparison) -> list[tuple[str, tuple[str, ...], list[t
         (f"Differences to {names[0]}, in points", ("", *titles), differences),
         ("Settings", ("", *names), settings),
     ]
+
+
+def _runs(comparison: Comparison) -> list[tuple[str, str, str]]:
+    return [(group.name, str(run.folder), set_text(run)) for group in comparison.groups for run in group.runs]
 
 
 def _figure_text(figure: Compared) -> str:
@@ -131,7 +131,7 @@ def _headline(comparison: Comparison) -> list[tuple[str, str]]:
     low, high = (f"{100 * bound:+.1f}" for bound in best["top1"].interval)
     return [
         *((percent(row["top1"].value), f"{title}, {group.name}") for group, row in shown),
-        (f"{100 * best['top1'].value:+.1f} points", f"{name} against {comparison.groups[0].name}, {low} to {high}"),
+        (f"{100 * best['top1'].value:+.1f}", f"points, {name} against {comparison.groups[0].name}, {low} to {high}"),
     ]
 
 

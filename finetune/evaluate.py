@@ -175,9 +175,7 @@ def evaluate_on(
     micro_batch: int,
     workers: int,
 ) -> Evaluation:
-    """Evaluates a model on labelled videos; every rank calls it and gets the same result, and so does any other world.
-
-    The same videos meet in a forward pass however many processes share them, so that not a bit of a logit differs.
+    """Evaluates a model on labelled videos; every rank calls it and gets the same result.
 
     Args:
         model: Returns logits for clips.
@@ -191,21 +189,31 @@ def evaluate_on(
     Raises:
         StoppedByRule: The model returns logits that are not finite.
     """
+    return figures_of(logits_on(model, cutter, chosen, processes, micro_batch, workers), classes)
+
+
+@torch.no_grad()
+def logits_on(
+    model: nn.Module, cutter: Cutter, chosen: np.ndarray, processes: Processes, micro_batch: int, workers: int
+) -> list[VideoLogits]:
+    """Returns what a model makes of each video in the order of sample numbers, on every rank; see `evaluate_on`.
+
+    The same videos meet in a forward pass however many processes share them, so that not a bit of a logit differs.
+    """
     places, counted = evaluation_groups(len(chosen), micro_batch, processes.world, processes.rank)
     was_training = model.training
     model.eval()
     own: list[VideoLogits] = []
-    with torch.no_grad():
-        for group in evaluation_batches(cutter, chosen[places], counted, micro_batch, workers):
-            logits = logits_of(model, group, processes.device).unflatten(0, (len(group), -1)).mean(1).cpu().numpy()
-            own += [
-                VideoLogits(one.sample, one.key, one.label, None if one.error else row, one.error)
-                for one, row in zip(group, logits, strict=True)
-                if one.counted
-            ]
+    for group in evaluation_batches(cutter, chosen[places], counted, micro_batch, workers):
+        logits = logits_of(model, group, processes.device).unflatten(0, (len(group), -1)).mean(1).cpu().numpy()
+        own += [
+            VideoLogits(one.sample, one.key, one.label, None if one.error else row, one.error)
+            for one, row in zip(group, logits, strict=True)
+            if one.counted
+        ]
     model.train(was_training)
     seen = [one for part in processes.gather_objects(own) for one in part]
-    return figures_of(sorted(seen, key=lambda one: one.sample), classes)
+    return sorted(seen, key=lambda one: one.sample)
 
 
 def logits_of(model: nn.Module, group: list[Views] | list[PackedViews], device: torch.device) -> Tensor:

@@ -52,7 +52,8 @@ class Figure:
 class Table:
     """A table on a page; cells are text or numbers.
 
-    Rows beyond those `shown` are folded away; one that is not `wide` stands beside a small drawing.
+    Rows beyond those `shown` are folded away. One that is not `wide` stands beside a small drawing. One of mere `text`
+    has no numbers to align, and long words such as paths are broken.
     """
 
     header: Sequence[str]
@@ -60,6 +61,7 @@ class Table:
     caption: str = ""
     shown: int | None = None
     wide: bool = True
+    text: bool = False
 
 
 @dataclass(frozen=True)
