@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,15 +16,17 @@ from torch import Tensor, nn
 from finetune.classifier import Classifier, ModelDescription, save_classifier
 from finetune.config import FinetuneConfig, MixingConfig, ViewsConfig
 from finetune.evaluate import (
-    HEADLINE,
-    Evaluation,
     check_classes,
     check_training_labels,
     circumstances,
+    cutter_of,
     evaluate_on,
-    evaluation_sections,
+    samples_at_once,
 )
+from finetune.evaluation_page import evaluation_sections, headline, write_result
+from finetune.figures import Evaluation
 from finetune.freezing import freeze
+from finetune.hardest import hardest_videos
 from pretrain.agreement import agreed_inputs, fingerprints, open_inputs
 from pretrain.data.balanced import SampleOrder
 from pretrain.data.clips import ClipConfig
@@ -36,11 +39,11 @@ from pretrain.engine.run import Run
 from pretrain.engine.saving import Exported, whole_weights
 from pretrain.engine.tracking import METRICS, read_metrics
 from pretrain.engine.trainer import Objective
-from pretrain.files import sha256_of_file, write_json
+from pretrain.files import sha256_of_file
 from pretrain.identity import named_fields
 from pretrain.model.encoder import EncoderConfig
 from pretrain.packing import validate_packed, visible_tokens
-from pretrain.report import Section, write_report
+from pretrain.report import Figure, Section, write_report
 from pretrain.stage import (
     curve_figures,
     going_on,
@@ -166,10 +169,13 @@ def finetune_in(processes: Processes, config: FinetuneConfig, inputs: Inputs) ->
             averaging=config.ema,
         )
         summary = summarise(run, max(run.first_step, steps))
-        evaluation = evaluate_finally(model, held_out, config, description, run) if held_out else None
-        if evaluation:
+        evaluation, hardest = None, None
+        if held_out:
+            evaluation, hardest = evaluate_finally(model, held_out, config, description, run)
             summary |= evaluation.figures
-        processes.on_main_only(lambda: write_finetuning_report(run.out, summary, evaluation, shards.classes))
+        processes.on_main_only(
+            lambda: write_finetuning_report(run.out, summary, evaluation, hardest or [], shards.classes)
+        )
         run.finish(summary)
         return summary
 
@@ -326,27 +332,23 @@ def accuracy_on(
     Returns:
         `validation_top1` and `validation_top5`, as shares.
     """
+    views = ViewsConfig(temporal=1, spatial=1)
     figures = evaluate_on(
         model,
-        held_out,
+        cutter_of(held_out, description, views, config.data.decoder, config.data.decode_limit_s),
         config.validation.chosen(held_out.samples),
-        description.clip,
         description.classes,
-        ViewsConfig(temporal=1, spatial=1),
         run.processes,
-        config.data.micro_batch,
+        samples_at_once(views),
         config.data.workers,
-        config.data.decoder,
-        config.data.decode_limit_s,
-        description.packed,
     ).figures
     return {f"validation_{name}": figures[name] for name in ("top1", "top5")}
 
 
 def evaluate_finally(
     model: nn.Module, held_out: ShardSet, config: FinetuneConfig, description: ModelDescription, run: Run
-) -> Evaluation:
-    """Evaluates with all views and writes `evaluation.json`; every rank calls it.
+) -> tuple[Evaluation, list[Figure] | None]:
+    """Evaluates with all views and writes `evaluation.json` and `predictions.jsonl`; every rank calls it.
 
     Args:
         model: The prepared model.
@@ -354,25 +356,24 @@ def evaluate_finally(
         config: The run's configuration, which tells the views.
         description: The classifier's description.
         run: The open run.
+
+    Returns:
+        What was found, and on rank 0 the hardest videos, drawn.
     """
+    cutter = cutter_of(held_out, description, config.views, config.data.decoder, config.data.decode_limit_s)
     evaluation = evaluate_on(
         model,
-        held_out,
+        cutter,
         np.arange(held_out.samples),
-        description.clip,
         description.classes,
-        config.views,
         run.processes,
-        max(config.data.micro_batch // (config.views.temporal * config.views.spatial), 1),
+        samples_at_once(config.views),
         config.data.workers,
-        config.data.decoder,
-        config.data.decode_limit_s,
-        description.packed,
     )
     weights = {"weights": "as trained" if config.ema.decay is None else f"moving average, decay {config.ema.decay}"}
-    content = evaluation.figures | circumstances(held_out, config.views) | weights
-    run.processes.on_main_only(lambda: write_json(run.out / "evaluation.json", content))
-    return evaluation
+    record = circumstances(held_out, config.views) | weights
+    run.processes.on_main_only(lambda: write_result(run.out, evaluation, record))
+    return evaluation, run.processes.on_main_only(lambda: hardest_videos(evaluation, cutter))
 
 
 def export_classifier(description: ModelDescription, run: Run, model: nn.Module) -> Exported | None:
@@ -384,18 +385,21 @@ def export_classifier(description: ModelDescription, run: Run, model: nn.Module)
 
 
 def write_finetuning_report(
-    out: Path, summary: dict[str, Any], evaluation: Evaluation | None, classes: tuple[str, ...]
+    out: Path,
+    summary: dict[str, Any],
+    evaluation: Evaluation | None,
+    hardest: Sequence[Figure],
+    classes: tuple[str, ...],
 ) -> None:
     """Writes the run's page."""
-    figures = [(name, label) for name, label in HEADLINE if name in summary]
     write_report(
         out / "report.html",
         title=f"Finetuning {out.name}",
         summary=f"{len(classes)} classes, {summary['steps']} steps.",
-        headline=[(f"{100 * summary[name]:.1f} %", label) for name, label in figures],
+        headline=headline(evaluation.figures) if evaluation else [],
         sections=[
             Section("Curves", parts=curve_figures(read_metrics(out / METRICS))),
-            *(evaluation_sections(evaluation, classes) if evaluation else []),
+            *(evaluation_sections(evaluation, classes, hardest) if evaluation else []),
         ],
         facts={"command line": f"tubelet finetune --config {out / 'config.yaml'}"},
     )

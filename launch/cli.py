@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import get_args
 
 from launch.arguments import PACK, ArgumentParser, named, without_names
@@ -25,6 +26,7 @@ USAGE = """tubelet COMMAND ...
   pretrain            train an encoder on shards, without labels
   finetune            train a classifier on labelled shards, from an encoder or from scratch
   evaluate            measure a classifier on labelled shards
+  compare RUN RUN ... set finetuning runs or evaluations on the same videos beside each other: one table and one page
   predict             name the most probable classes of video files and folders, as text or JSON
   doctor              check before a run starts, on this machine or on all nodes of a job, that it can
   launch              start pretrain or finetune on all GPUs of this machine, or submit them or pack to SLURM
@@ -52,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         "pretrain": _pretrain,
         "finetune": _finetune,
         "evaluate": _evaluate,
+        "compare": _compare,
         "predict": _predict,
         "doctor": _doctor,
         "launch": _launch,
@@ -157,12 +160,52 @@ def _evaluate(arguments: list[str]) -> int:
         with met_by_every_rank():
             config = parse_plain(EvaluateConfig, "evaluate", arguments)
         figures = evaluate(config).figures
-        if launched_rank():
-            return
-        for name, value in figures.items():
-            print(f"{name:22s}{100 * value:6.2f} %" if isinstance(value, float) else f"{name:22s}{value:6d}")
+        if launched_rank() == 0:
+            from rich.console import Console
+
+            from finetune.evaluation_page import figures_table
+
+            Console().print(figures_table(figures))
 
     set_up_logging(main_process=launched_rank() == 0)
+    return run_command(command)
+
+
+def _compare(arguments: list[str]) -> int:
+    from pretrain.commandline import run_command
+
+    parser = ArgumentParser(
+        prog="tubelet compare",
+        allow_abbrev=False,
+        description="Compares runs on the same videos; differences are to the first, paired video by video.",
+        epilog="A RUN is a finetuning run, or the folder of an evaluation or of a probe.",
+    )
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="runs that stand for themselves")
+    parser.add_argument(
+        "--group",
+        action="append",
+        nargs="+",
+        default=[],
+        metavar=("NAME", "RUN"),
+        help="runs of one thing, such as seeds or folds, under a name; may be given several times",
+    )
+    parser.add_argument("--out", default="runs/comparison", metavar="FOLDER", help="where the page goes (%(default)s)")
+
+    def command() -> None:
+        parsed = parser.parse_args(arguments)
+        from rich.console import Console
+
+        from finetune.compare import compare, names_of
+        from finetune.comparison_page import comparison_tables, write_comparison
+
+        alone = [(name, (run,)) for name, run in zip(names_of(parsed.runs), parsed.runs, strict=True)]
+        comparison = compare([*alone, *((name, runs) for name, *runs in parsed.group)])
+        page = write_comparison(Path(parsed.out), comparison)
+        console = Console(width=None if sys.stdout.isatty() else 120)
+        for table in comparison_tables(comparison):
+            console.print(table)
+        print(f"look at {page}")
+
     return run_command(command)
 
 

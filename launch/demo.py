@@ -20,7 +20,9 @@ from typing import Any
 import torch
 
 from finetune.config import FinetuneConfig
-from finetune.evaluate import EvaluateConfig, Evaluation, evaluate, evaluation_sections
+from finetune.evaluate import EvaluateConfig, evaluate
+from finetune.evaluation_page import evaluation_sections
+from finetune.figures import Evaluation
 from finetune.finetuning import finetune
 from finetune.probe import features, knn_accuracy
 from launch.digits import MOTIONS, Split, write_videos

@@ -1,4 +1,4 @@
-"""Pictures of what a masked autoencoder makes of a clip: arrays in, a filmstrip out; no model, no files, no page.
+"""Pictures of clips, and of what a masked autoencoder makes of them: arrays in, a filmstrip out; no model, no page.
 
 Reconstructions leak nothing. A masked autoencoder with normalised targets (He et al., 2022) predicts a tubelet's
 pattern but not its brightness and contrast; the field's usual pictures take those two from the hidden pixels
@@ -24,7 +24,10 @@ PLAIN_RECONSTRUCTION_NOTE = (
 )
 UNDECODED_NOTE = "Grey in the bottom row: what training never asks the model for."
 FRAMES_SHOWN = 16
+SHEET_FRAMES = 8
+SHEET_COLUMNS = 4
 FRAME_SIDE_PX = 128
+SHEET_COLOR = (128, 128, 128)
 HIDDEN = (128, 128, 128, 56)  # a tint that lets the page shine through
 
 
@@ -88,7 +91,7 @@ def filmstrip(original: np.ndarray, visible_mask: np.ndarray, reconstruction: np
         visible_mask: bool (T, H, W), from `visible_pixels`.
         reconstruction: uint8 (T, H, W, 3), from `paint`.
     """
-    chosen = np.unique(np.linspace(0, len(original) - 1, min(FRAMES_SHOWN, len(original))).round().astype(int))
+    chosen = _evenly(len(original), FRAMES_SHOWN)
     masked = np.where(visible_mask[chosen, ..., None], _with_alpha(original[chosen]), np.array(HIDDEN, dtype=np.uint8))
     rows = (_with_alpha(original[chosen]), masked, _with_alpha(reconstruction[chosen]))
     frames = [[_at_shown_size(Image.fromarray(frame)) for frame in row] for row in rows]
@@ -101,6 +104,27 @@ def filmstrip(original: np.ndarray, visible_mask: np.ndarray, reconstruction: np
         for frame_number, frame in enumerate(row):
             strip.paste(frame, (frame_number * (width + between_frames), row_number * (height + between_rows)))
     return strip
+
+
+def frame_sheet(clip: np.ndarray) -> Image.Image:
+    """Draws evenly spaced frames of a clip in rows of four.
+
+    Args:
+        clip: uint8 (T, H, W, 3).
+    """
+    frames = [_at_shown_size(Image.fromarray(clip[number])) for number in _evenly(len(clip), SHEET_FRAMES)]
+    width, height = frames[0].size
+    columns, gap = min(len(frames), SHEET_COLUMNS), 4
+    rows = -(-len(frames) // columns)
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), SHEET_COLOR)
+    for number, frame in enumerate(frames):
+        sheet.paste(frame, (number % columns * (width + gap), number // columns * (height + gap)))
+    return sheet
+
+
+def _evenly(frames: int, shown: int) -> np.ndarray:
+    """Returns the numbers of evenly spaced frames, first and last among them."""
+    return np.unique(np.linspace(0, frames - 1, min(shown, frames)).round().astype(int))
 
 
 def _with_alpha(frames: np.ndarray) -> np.ndarray:

@@ -1,28 +1,24 @@
-"""Self-contained HTML pages, and the drawings on them.
+"""Self-contained HTML pages.
 
-Two kinds of drawing (curves, confusion matrices) join the filmstrips of `pictures.py`; three kinds of part (`Figure`,
-`Table`, `Section`) make a page, and pretraining, evaluation and the demo compose their `report.html` from them. A page
-is one file: it opens without a network or a script, follows the reader's light or dark theme, and is the same for the
-same input. How it looks is in `report.html.jinja`.
+Three kinds of part (`Figure`, `Table`, `Section`) make a page, and pretraining, evaluation and the demo compose their
+`report.html` from them, with what `drawings.py` draws and the filmstrips of `pictures.py`. A page is one file: it opens
+without a network or a script, follows the reader's light or dark theme, and is the same for the same input. How it
+looks is in `report.html.jinja`.
 """
 
 import base64
 import io
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 from markupsafe import Markup
-from matplotlib import rc_context
-from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import LogLocator, MaxNLocator
 from PIL import Image
 
+from pretrain.drawings import confusion_matrix, curves, intervals, reliability_diagram
 from pretrain.files import write_text
 from pretrain.pictures import RECONSTRUCTION_NOTE, filmstrip, paint, visible_pixels
 
@@ -34,28 +30,19 @@ __all__ = [
     "confusion_matrix",
     "curves",
     "filmstrip",
+    "intervals",
     "paint",
+    "reliability_diagram",
     "visible_pixels",
     "write_report",
 ]
 
-POINTS_DRAWN = 600
-CLASSES_NAMED = 40
-CLASSES_COUNTED = 14
 WIDE_PX = 640
-
-# Matplotlib draws in these marker colours; on the page they become CSS variables and follow the theme.
-INK, MUTED, GRID = "#010101", "#010102", "#010103"
-SERIES = tuple(f"#01020{number}" for number in range(1, 7))
-THEME = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--line)"} | {
-    color: f"var(--series-{number})" for number, color in enumerate(SERIES, start=1)
-}
-MATRIX_COLOR = (74, 120, 232)
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture on a page: inline SVG from this file, a PIL image, or the path of a picture file."""
+    """A picture on a page: inline SVG from `drawings.py`, a PIL image, or the path of a picture file."""
 
     content: str | Image.Image | Path
     caption: str = ""
@@ -63,11 +50,18 @@ class Figure:
 
 @dataclass(frozen=True)
 class Table:
-    """A table on a page; cells are text or numbers."""
+    """A table on a page; cells are text or numbers.
+
+    Rows beyond those `shown` are folded away. One that is not `wide` stands beside a small drawing. One of mere `text`
+    has no numbers to align, and long words such as paths are broken.
+    """
 
     header: Sequence[str]
     rows: Sequence[Sequence[Any]]
     caption: str = ""
+    shown: int | None = None
+    wide: bool = True
+    text: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,140 +106,6 @@ def write_report(
     write_text(path, page)
 
 
-def curves(
-    series: Mapping[str, tuple[Sequence[float], Any]], title: str, x_label: str, y_label: str, log_y: bool = False
-) -> str:
-    """Draws lines as inline SVG.
-
-    Args:
-        series: For each name the x values (points,) and the y values: (points,), or (runs, points) for several seeds,
-            drawn as their mean in a band from the lowest to the highest. None and nan leave a gap, and so does what a
-            logarithm does not have. Long series are drawn as the means of `POINTS_DRAWN` equal stretches.
-        title: Stands above the axes.
-        x_label: What x is, with its unit.
-        y_label: What y is, with its unit.
-        log_y: Whether the y axis is logarithmic.
-    """
-    with rc_context(_STYLE):
-        canvas = Canvas(figsize=(5.4, 3.4), layout="constrained")
-        canvas.suptitle(title, x=0.01, ha="left")
-        axes = canvas.add_subplot(xlabel=x_label, ylabel=y_label)
-        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
-        lines = []
-        for number, (x_values, y_values) in enumerate(series.values()):
-            x, runs = _thinned(np.asarray(x_values, dtype=float), np.atleast_2d(np.asarray(y_values, dtype=float)))
-            runs = np.where(runs > 0, runs, np.nan) if log_y else runs
-            color, dashes = SERIES[number % len(SERIES)], ("-", "--", ":")[number // len(SERIES) % 3]
-            marker = "o" if len(x) < 25 else ""
-            lines += axes.plot(x, _mean(runs), dashes, color=color, marker=marker, markersize=3.5, linewidth=1.8)
-            if len(runs) > 1:
-                axes.fill_between(x, runs.min(axis=0), runs.max(axis=0), color=color, alpha=0.2, linewidth=0)
-        if log_y:
-            axes.set_yscale("log", subs=[])
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter("{x:g}")
-        axes.grid(axis="y", color=GRID, linewidth=0.8)
-        if len(lines) > 1:
-            axes.legend(lines, [f"\u200b{name}" for name in series], frameon=False)  # else matplotlib drops "_name"
-        return _svg(canvas, title)
-
-
-def confusion_matrix(counts: np.ndarray, classes: Sequence[str]) -> str:
-    """Draws a confusion matrix as inline SVG, each true class's row shaded by its shares.
-
-    Args:
-        counts: (K, K) numbers of samples; rows are true classes, columns predicted ones.
-        classes: K names; shown up to `CLASSES_NAMED` classes, and the counts up to `CLASSES_COUNTED`.
-    """
-    counts = np.asarray(counts).astype(int)
-    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    side_in = float(np.clip(0.42 * len(classes), 2.2, 7.2))
-    pixels = np.empty((*share.shape, 4), dtype=np.uint8)
-    pixels[...] = (*MATRIX_COLOR, 0)
-    pixels[..., 3] = np.rint(255 * share**0.7)  # below 1, so that rare confusions show
-    with rc_context(_STYLE):
-        canvas = Canvas(figsize=(side_in + 1.6, side_in + 1.3), layout="constrained")
-        axes = canvas.add_subplot(xlabel="predicted", ylabel="true")
-        axes.imshow(pixels, interpolation="none")
-        axes.spines[:].set_visible(True)
-        axes.set(xticks=[], yticks=[])
-        if len(classes) <= CLASSES_NAMED:
-            names = [name if len(name) <= 22 else f"{name[:21]}…" for name in map(str, classes)]
-            slanted: Any = (
-                {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 3 else {}
-            )
-            axes.set_xticks(range(len(names)), names, **slanted)
-            axes.set_yticks(range(len(names)), names)
-        if len(classes) <= CLASSES_COUNTED:
-            for row, column in zip(*np.nonzero(counts), strict=True):
-                color = "#ffffff" if share[row, column] > 0.45 else INK
-                axes.text(column, row, f"{counts[row, column]:d}", color=color, ha="center", va="center")
-        return _svg(canvas, f"Confusion matrix of {len(classes)} classes")
-
-
-def _thinned(x: np.ndarray, runs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(points,), (runs, points) -> the same with at most `POINTS_DRAWN` points, each the mean of a stretch."""
-    if len(x) <= POINTS_DRAWN:
-        return x, runs
-    stretches = np.array_split(np.arange(len(x)), POINTS_DRAWN)
-    return (
-        np.array([x[stretch].mean() for stretch in stretches]),
-        np.stack([_mean(runs[:, stretch].T) for stretch in stretches], axis=-1),
-    )
-
-
-def _mean(values: np.ndarray) -> np.ndarray:
-    """Returns the mean over the first axis, of what is finite; nan where nothing is."""
-    finite = np.isfinite(values)
-    count = finite.sum(axis=0)
-    return np.where(count > 0, np.where(finite, values, 0).sum(axis=0) / np.maximum(count, 1), np.nan)
-
-
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "tubelet",
-    "text.parse_math": False,
-    "font.size": 9.5,
-    "text.color": INK,
-    "figure.titlesize": 11,
-    "figure.titleweight": "bold",
-    "axes.labelcolor": MUTED,
-    "axes.edgecolor": GRID,
-    "axes.facecolor": "none",
-    "figure.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "xtick.color": GRID,
-    "ytick.color": GRID,
-    "xtick.labelcolor": MUTED,
-    "ytick.labelcolor": MUTED,
-    "ytick.major.size": 0,
-    "ytick.minor.size": 0,
-    "xtick.major.size": 3,
-    "ytick.minor.visible": False,
-}
-
-
-def _svg(canvas: Canvas, label: str) -> str:
-    """Returns a figure as an SVG element for HTML: themed, of flexible size, with no dates and no unused ids."""
-    file = io.StringIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # the reader's browser has the glyph
-        canvas.savefig(file, format="svg", metadata={"Date": None})
-    drawing = file.getvalue()
-    drawing = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", drawing[drawing.index("<svg") :], flags=re.S)
-    used = set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", drawing))
-    drawing = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", drawing)
-    for marker, variable in THEME.items():
-        drawing = drawing.replace(marker, variable)
-    opening, content = drawing.split(">", 1)
-    view_box = re.findall(r'viewBox="([^"]*)"', opening)[0]
-    width_px = round(96 * canvas.get_figwidth())
-    template = Markup('<svg role="img" aria-label="{}" viewBox="{}" style="max-width: {}px">')
-    return template.format(label, view_box, width_px) + Markup(content)
-
-
 def _picture(figure: Figure) -> Markup:
     """Returns the HTML of a figure's picture, which needs no other file."""
     if isinstance(figure.content, str):
@@ -255,15 +115,20 @@ def _picture(figure: Figure) -> Markup:
         content = figure.content.read_bytes()
     else:
         file = io.BytesIO()
-        figure.content.save(file, format="webp", lossless=True)
+        lossless = figure.content.mode != "RGB"  # frames of videos are; drawn pictures have clear parts
+        figure.content.save(file, format="webp", lossless=lossless, quality=85)
         kind, content = "webp", file.getvalue()
     source = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
     return Markup('<img src="{}" alt="{}">').format(source, figure.caption)
 
 
 def _is_wide(part: Figure | Table) -> bool:
-    """Returns whether a part needs the whole width of the page; small drawings stand side by side."""
-    drawing = part.content if isinstance(part, Figure) and isinstance(part.content, str) else ""
+    """Returns whether a part needs the whole width of the page; small drawings and pictures stand side by side."""
+    if isinstance(part, Table):
+        return part.wide
+    if isinstance(part.content, Image.Image):
+        return part.content.width > WIDE_PX
+    drawing = part.content if isinstance(part.content, str) else ""
     width = re.search(r"max-width: (\d+)px", drawing)
     return width is None or int(width[1]) > WIDE_PX
 

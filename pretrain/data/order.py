@@ -365,6 +365,22 @@ def evaluation_slice(samples: int, world: int, rank: int) -> tuple[np.ndarray, n
     return np.minimum(numbers, samples - 1), numbers < samples
 
 
+def evaluation_groups(samples: int, group: int, world: int, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """Deals groups of consecutive samples to ranks in turn, so that which samples meet in one does not tell the world.
+
+    The last group is smaller where `group` does not divide `samples`; the ranks that come after it in its round get it
+    again, uncounted, so that all take equally many steps.
+
+    Returns:
+        `(n,)` sample numbers, to be cut into stretches of `group`, and `(n,)` booleans: False marks a filler that must
+        not count.
+    """
+    last = max(-(-samples // group) - 1, 0)
+    dealt = np.arange(rank, (last // world + 1) * world, world)
+    parts = [np.arange(samples)[first * group :][:group] for first in np.minimum(dealt, last)]
+    return np.concatenate(parts), np.repeat(dealt <= last, [len(part) for part in parts])
+
+
 def nearest_divisor(number: int, wanted: int) -> int:
     """Returns the divisor of `number` that is nearest to `wanted`."""
     return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - wanted), d))

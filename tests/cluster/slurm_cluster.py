@@ -23,7 +23,8 @@ from pathlib import Path
 
 import psutil
 
-from tests.cluster.slurm_programs import ROOT, SlurmPrograms, slurm_programs
+from tests.cluster.slurm_programs import SlurmPrograms, slurm_programs
+from tests.debian_packages import ROOT
 
 NODES = ("node1", "node2")
 MARK = "TUBELET_TEST_CLUSTER"

@@ -6,12 +6,11 @@ daemons `slurmd-wlm` and leaves it to the installation to link the plain names.
 
 import dataclasses
 import os
-import platform
 import shutil
-import subprocess
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.debian_packages import UNPACKED, environment_with, libraries, unpack
+
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins", "munge")
 DAEMONS = ("slurmctld", "slurmd", "munged")
 
@@ -34,7 +33,7 @@ class SlurmPrograms:
     @property
     def libraries(self) -> Path:
         """The folder of the system's libraries."""
-        return self.root / "usr" / "lib" / f"{platform.machine()}-linux-gnu"
+        return libraries(self.root)
 
     @property
     def plugins(self) -> Path:
@@ -50,15 +49,14 @@ class SlurmPrograms:
 
     def environment(self) -> dict[str, str]:
         """Returns this process's variables with the programs on the path."""
-        environment = dict(os.environ)
-        if self.is_unpacked:
-            added = {"PATH": [self.root / "usr" / "bin"], "LD_LIBRARY_PATH": [self.plugins, self.libraries]}
-            for name, folders in added.items():
-                environment[name] = ":".join([*map(str, folders), *filter(None, [os.environ.get(name)])])
-        return environment
+        if not self.is_unpacked:
+            return dict(os.environ)
+        return environment_with(
+            {"PATH": [self.root / "usr" / "bin"], "LD_LIBRARY_PATH": [self.plugins, self.libraries]}
+        )
 
 
-def slurm_programs(folder: Path = ROOT / ".venv" / "slurm") -> SlurmPrograms:
+def slurm_programs(folder: Path = UNPACKED / "slurm") -> SlurmPrograms:
     """Returns the system's SLURM where it has one, else Debian's packages in `folder`, unpacked by the first caller.
 
     Raises:
@@ -66,35 +64,9 @@ def slurm_programs(folder: Path = ROOT / ".venv" / "slurm") -> SlurmPrograms:
     """
     if all(_found(name) for name in DAEMONS):
         return SlurmPrograms(Path("/"))
-    if not folder.exists():
-        _unpack(folder)
+    unpack(PACKAGES, folder)
     return SlurmPrograms(folder)
 
 
 def _found(name: str) -> str | None:
     return shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
-
-
-def _unpack(folder: Path) -> None:
-    """Downloads the packages and those that they need and the system lacks; unpacks them into `folder`."""
-    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    temporary.mkdir(parents=True)
-    try:
-        if os.geteuid() == 0:
-            subprocess.run(["apt-get", "update"], capture_output=True, check=False)
-        simulated = _apt("install", "--simulate", "--no-install-recommends", *PACKAGES)
-        needed = [line.split()[1] for line in simulated.splitlines() if line.startswith("Inst ")]
-        _apt("download", *needed, cwd=temporary)
-        for package in temporary.glob("*.deb"):
-            subprocess.run(["dpkg", "-x", package, temporary], check=True)
-            package.unlink()
-        temporary.rename(folder)
-    except (OSError, subprocess.CalledProcessError) as error:
-        said = str(getattr(error, "stderr", None) or error).strip()
-        raise RuntimeError(f"SLURM: cannot be had from apt ({said}); install slurm-wlm and munge") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _apt(*arguments: str, cwd: Path | None = None) -> str:
-    return subprocess.run(["apt-get", *arguments], capture_output=True, check=True, text=True, cwd=cwd).stdout

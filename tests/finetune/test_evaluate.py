@@ -13,39 +13,11 @@ from torch import nn
 
 from finetune.classifier import load
 from finetune.config import ViewsConfig
-from finetune.evaluate import VideoLogits, evaluate_on, evaluation_sections, figures_of
+from finetune.evaluate import cutter_of, evaluate_on
 from launch.cli import main
-from pretrain.data.order import evaluation_slice
 from pretrain.data.shards import ShardSet
 from pretrain.data.views import EvaluationViews
 from pretrain.engine.distributed import Processes
-from pretrain.errors import StoppedByRule
-from tests.runs import run
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 4, 16])
-@pytest.mark.parametrize("samples", [1, 7, 11, 12])
-def test_every_sample_is_counted_once_and_all_ranks_take_as_many_steps(samples, world):
-    parts = [evaluation_slice(samples, world, rank) for rank in range(world)]
-    counted = np.concatenate([numbers[counts] for numbers, counts in parts])
-    assert counted.tolist() == list(range(samples))
-    assert len({len(numbers) for numbers, _ in parts}) == 1
-
-
-def test_two_processes_find_what_one_finds(finetuned, packed_shards, tmp_path):
-    views = ["--views.temporal", 2, "--views.spatial", 3]
-    command = ["evaluate", "--model", finetuned, "--shards", packed_shards, *views]
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert main([str(part) for part in [*command, "--out", one, "--workers", 0]]) == 0
-    started = run("launch", [*command, "--out", two, "--workers", 0, "--micro-batch", 2], tmp_path, world=2)
-    assert started.codes == [0, 0], started.text
-    assert ["top1" in output.read_text() for output in started.outputs] == [True, False], "rank 0 speaks for all"
-    ours, theirs = (
-        [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()] for out in (two, one)
-    )
-    assert [entry["key"] for entry in ours] == [entry["key"] for entry in theirs]
-    assert len({entry["key"] for entry in ours}) == len(ours) == 11
-    assert (two / "evaluation.json").read_text() == (one / "evaluation.json").read_text()
 
 
 def test_pyav_finds_what_decord_finds_and_never_asks_for_it(finetuned, packed_shards, tmp_path, monkeypatch):
@@ -72,11 +44,9 @@ def test_the_logits_of_a_videos_views_are_averaged(finetuned, packed_shards):
     with Processes() as processes:
         found = evaluate_on(
             Brightness(),
-            shards,
+            cutter_of(shards, description, views),
             np.arange(shards.samples),
-            description.clip,
             description.classes,
-            views,
             processes,
             micro_batch=4,
             workers=0,
@@ -110,41 +80,6 @@ def test_a_video_that_cannot_be_decoded_is_listed_and_counted_as_wrong(finetuned
     assert "its checksum differs" in broken["error"]
     right = sum(entry.get("predicted") == entry["label"] for entry in predictions)
     assert figures["top1"] == pytest.approx(right / 11)
-
-
-def logits_of(label: int, predicted: int) -> VideoLogits:
-    return VideoLogits("key", label, np.eye(3, dtype=np.float32)[predicted], None)
-
-
-def test_errors_count_as_wrong_in_every_figure():
-    seen = [
-        logits_of(0, 0),
-        logits_of(0, 0),
-        logits_of(1, 1),
-        logits_of(1, 0),
-        VideoLogits("broken", 0, None, "cut short"),
-    ]
-    found = figures_of(seen, ("a", "b", "c"))
-    assert found.figures["top1"] == pytest.approx(3 / 5)
-    assert found.figures["top5"] == pytest.approx(4 / 5)
-    assert found.figures["mean_class_accuracy"] == pytest.approx((2 / 3 + 1 / 2) / 2)
-    assert (found.figures["samples"], found.figures["errors"]) == (5, 1)
-    assert found.confusion.tolist() == [[2, 0, 0], [1, 1, 0], [0, 0, 0]]
-    nothing = figures_of([VideoLogits("broken", 0, None, "cut short")], ("a", "b"))
-    assert nothing.figures["top1"] == nothing.figures["mean_class_accuracy"] == 0
-
-
-def test_the_table_of_classes_counts_the_videos_that_could_not_be_decoded():
-    seen = [logits_of(0, 0), logits_of(0, 0), *[VideoLogits("broken", 0, None, "cut short")] * 2, logits_of(1, 0)]
-    _, classes = evaluation_sections(figures_of(seen, ("a", "b", "c")), ("a", "b", "c"))
-    assert classes.parts[0].rows == [("a", 4, "50.0 %"), ("b", 1, "0.0 %"), ("c", 0, "-")]
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_logits_that_are_not_finite_stop_the_evaluation_and_name_the_video(bad):
-    broken = VideoLogits("run-7", 0, np.array([bad, 0, 0], dtype=np.float32), None)
-    with pytest.raises(StoppedByRule, match=r"^run-7: the model's logits are not finite \(1 of 2 such videos\)"):
-        figures_of([logits_of(1, 1), broken], ("a", "b", "c"))
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_the_evaluation(finetuned, packed_shards, tmp_path, capsys):

@@ -1,0 +1,167 @@
+"""What a comparison of runs shows: tables in the terminal, `comparison.json` and a page."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table as TerminalTable
+
+from finetune.compare import Compared, Comparison, Group, set_text
+from finetune.evaluation_page import interval_text, percent
+from finetune.figures import ACCURACIES
+from finetune.output import make_writable, writing_to
+from pretrain.files import write_json
+from pretrain.report import Figure, Section, Table, intervals, write_report
+
+HEADLINES = 4
+SETTINGS_SHOWN = 30
+NOTE = (
+    "In brackets 95 % intervals: Wilson's for the top-1 and top-5 accuracy of a single run, else by a bootstrap over "
+    "videos. They tell what other videos would change, not what other seeds would; behind ± is the deviation over runs."
+)
+
+
+def comparison_tables(comparison: Comparison) -> list[TerminalTable]:
+    """Returns the tables of a comparison for the terminal: figures, differences, settings that differ."""
+    tables = []
+    for title, header, rows in _contents(comparison):
+        if not rows:
+            continue
+        table = TerminalTable(title=title, title_justify="left")
+        for number, name in enumerate(header):
+            table.add_column(name, justify="left" if number == 0 or title == "Settings" else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        tables.append(table)
+    return tables
+
+
+def write_comparison(out: Path, comparison: Comparison) -> Path:
+    """Writes `comparison.json` and `report.html` into a folder; returns the page.
+
+    Raises:
+        Refused: The folder cannot be written.
+        DiskFull: There is no space left.
+    """
+    make_writable(out)
+    names = [group.name for group in comparison.groups]
+    (_, header, figures), (_, other_header, differences), (_, settings_header, settings) = _contents(comparison)
+    with writing_to(out):
+        write_json(out / "comparison.json", _record(comparison))
+        write_report(
+            out / "report.html",
+            title="Comparison",
+            summary=f"{', '.join(map(_group_text, comparison.groups))}. {_videos_text(comparison)}",
+            headline=_headline(comparison),
+            sections=[
+                Section(
+                    "Accuracy",
+                    parts=[Table(header, figures, NOTE), *_drawings(names, comparison.figures, "%")],
+                ),
+                Section(
+                    f"Differences to {names[0]}",
+                    "In points, paired: each run is compared on the same videos. An interval that leaves out zero is a "
+                    "difference that the choice of videos does not explain.",
+                    [Table(other_header, differences), *_drawings(names[1:], comparison.differences, "points")],
+                ),
+                Section(
+                    "Settings",
+                    "Those in which the runs differ." if settings else "The runs tell of none in which they differ.",
+                    [Table(settings_header, settings, shown=SETTINGS_SHOWN, text=True)] if settings else [],
+                ),
+                Section("Runs", parts=[Table(("", "folder", "evaluated on"), _runs(comparison), text=True)]),
+            ],
+        )
+    return out / "report.html"
+
+
+def _contents(comparison: Comparison) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
+    """Returns title, header and rows of the three tables."""
+    names = tuple(group.name for group in comparison.groups)
+    titles = tuple(ACCURACIES.values())
+    figures = [
+        (group.name, str(len(group.runs)), *(_figure_text(row[name]) for name in ACCURACIES))
+        for group, row in zip(comparison.groups, comparison.figures, strict=True)
+    ]
+    differences = [
+        (name, *(_difference_text(row[figure]) for figure in ACCURACIES))
+        for name, row in zip(names[1:], comparison.differences, strict=True)
+    ]
+    settings = [(name, *map(_values_text, values)) for name, values in comparison.settings.items()]
+    return [
+        ("Accuracy", ("", "runs", *titles), figures),
+        (f"Differences to {names[0]}, in points", ("", *titles), differences),
+        ("Settings", ("", *names), settings),
+    ]
+
+
+def _runs(comparison: Comparison) -> list[tuple[str, str, str]]:
+    return [(group.name, str(run.folder), set_text(run)) for group in comparison.groups for run in group.runs]
+
+
+def _figure_text(figure: Compared) -> str:
+    spread = "" if figure.deviation is None else f" ± {100 * figure.deviation:.1f}"
+    return f"{percent(figure.value).removesuffix(' %')}{spread} % ({interval_text(figure.interval)})"
+
+
+def _difference_text(difference: Compared) -> str:
+    low, high = difference.interval
+    return f"{100 * difference.value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def _values_text(values: Sequence[Any]) -> str:
+    return ", ".join(dict.fromkeys("-" if value is None else str(value) for value in values))
+
+
+def _group_text(group: Group) -> str:
+    return group.name if len(group.runs) == 1 else f"{group.name} ({len(group.runs)} runs)"
+
+
+def _videos_text(comparison: Comparison) -> str:
+    sets = {run.keys: len(run.keys) for run in comparison.groups[0].runs}
+    videos = sum(sets.values())
+    return f"{videos} videos." if len(sets) == 1 else f"{videos} videos in {len(sets)} sets."
+
+
+def _headline(comparison: Comparison) -> list[tuple[str, str]]:
+    title = ACCURACIES["top1"]
+    shown = list(zip(comparison.groups, comparison.figures, strict=True))[: HEADLINES - 1]
+    best = max(comparison.differences, key=lambda row: row["top1"].value)
+    name = comparison.groups[1 + comparison.differences.index(best)].name
+    low, high = (f"{100 * bound:+.1f}" for bound in best["top1"].interval)
+    return [
+        *((percent(row["top1"].value), f"{title}, {group.name}") for group, row in shown),
+        (f"{100 * best['top1'].value:+.1f}", f"points, {name} against {comparison.groups[0].name}, {low} to {high}"),
+    ]
+
+
+def _drawings(names: Sequence[str], rows: Sequence[dict[str, Compared]], unit: str) -> list[Figure]:
+    return [
+        Figure(
+            intervals(
+                names,
+                [100 * row[name].value for row in rows],
+                [[100 * bound for bound in row[name].interval] for row in rows],
+                f"{title}, {unit}",
+            )
+        )
+        for name, title in ACCURACIES.items()
+        if name != "top5"
+    ]
+
+
+def _record(comparison: Comparison) -> dict[str, Any]:
+    names = [group.name for group in comparison.groups]
+    return {
+        "groups": {group.name: [str(run.folder) for run in group.runs] for group in comparison.groups},
+        "figures": {
+            name: {figure: found._asdict() for figure, found in row.items()}
+            for name, row in zip(names, comparison.figures, strict=True)
+        },
+        "reference": names[0],
+        "differences": {
+            name: {figure: {"value": found.value, "interval": found.interval} for figure, found in row.items()}
+            for name, row in zip(names[1:], comparison.differences, strict=True)
+        },
+        "settings": {setting: dict(zip(names, values, strict=True)) for setting, values in comparison.settings.items()},
+    }

@@ -1,0 +1,136 @@
+"""What a run, an evaluation or a probe has left: its predictions and the settings that it ran with, to be compared."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from finetune.evaluation_page import PREDICTIONS, RESULT
+from finetune.figures import TOP
+from pretrain.errors import Refused
+
+NOT_SETTINGS = ("out",)
+RECORDED = ("samples", "shards", "fingerprint")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """What one run found on one set.
+
+    Attributes:
+        folder: Where it was read.
+        shards: The set's folder or URL.
+        fingerprint: The set's fingerprint.
+        keys: The keys of its videos, sorted; all else follows their order.
+        labels: `(videos,)` names of the true classes.
+        right: `(videos,)` whether the most probable class is the true one.
+        near: `(videos,)` whether the true class is among the five most probable.
+        settings: The fields of the run's configuration by their full names; none where it has no `config.yaml`.
+    """
+
+    folder: Path
+    shards: str
+    fingerprint: str
+    keys: tuple[str, ...]
+    labels: np.ndarray
+    right: np.ndarray
+    near: np.ndarray
+    settings: dict[str, Any]
+
+
+def read_result(folder: str | Path) -> RunResult:
+    """Reads a finetuning run, an evaluation's folder or a probe's.
+
+    Raises:
+        Refused: Something is missing or damaged; names it.
+    """
+    run = Path(folder)
+    if not run.is_dir():
+        raise Refused(f"{run}: is no folder; give finetuning runs or the folders of evaluations")
+    places = (run, run / "evaluation", run / "model" / "evaluation")
+    place = next((one for one in places if (one / RESULT).is_file()), None)
+    if place is None:
+        raise Refused(
+            f"{run}: holds no {RESULT}; let the run finish, or evaluate it with `tubelet evaluate --model {run} ...`"
+        )
+    record = _read_record(place / RESULT)
+    predictions = _read_predictions(place / PREDICTIONS)
+    if len(predictions) != record["samples"]:
+        raise Refused(
+            f"{place / PREDICTIONS}: holds {len(predictions)} videos, but {RESULT} {record['samples']}; evaluate again"
+        )
+    predictions.sort(key=lambda one: one["key"])
+    return RunResult(
+        folder=run,
+        shards=record["shards"],
+        fingerprint=record["fingerprint"],
+        keys=tuple(one["key"] for one in predictions),
+        labels=np.array([one["label"] for one in predictions]),
+        right=np.array([one.get("predicted") == one["label"] for one in predictions]),
+        near=np.array([one["label"] in _most_probable(one) for one in predictions]),
+        settings=_read_settings(place) | {"evaluated on": f"{record['shards']} ({record['fingerprint'][:12]})"},
+    )
+
+
+def _most_probable(prediction: dict[str, Any]) -> list[str]:
+    return [one["class"] for one in prediction.get("most_probable", [])][:TOP]
+
+
+def _read_record(file: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(file.read_text())
+        missing = [name for name in RECORDED if name not in record]
+    except (OSError, ValueError, TypeError) as error:
+        raise Refused(f"{file}: cannot be read ({error}); evaluate again") from None
+    if missing:
+        raise Refused(f"{file}: does not tell {', '.join(missing)}; evaluate again")
+    return record
+
+
+def _read_predictions(file: Path) -> list[dict[str, Any]]:
+    try:
+        lines = file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise Refused(f"{file}: cannot be read ({reason}); evaluate again with `tubelet evaluate`") from None
+    predictions = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            one = json.loads(line)
+            whole = isinstance(one["key"], str) and isinstance(one["label"], str)
+            whole = whole and ("error" in one or bool(one["predicted"] and one["most_probable"][0]["class"]))
+        except (ValueError, TypeError, KeyError, IndexError):
+            whole = False
+        if not whole:
+            raise Refused(f"{file}: line {number} is no prediction; evaluate again with `tubelet evaluate`")
+        predictions.append(one)
+    if len({one["key"] for one in predictions}) < len(predictions):
+        raise Refused(f"{file}: holds a video twice; evaluate again with `tubelet evaluate`")
+    return predictions
+
+
+def _read_settings(place: Path) -> dict[str, Any]:
+    """Returns the configuration of the run that a folder is, or lies in."""
+    folders = (place, *place.resolve().parents[:2])
+    file = next((one / "config.yaml" for one in folders if (one / "config.yaml").is_file()), None)
+    if file is None:
+        return {}
+    try:
+        content = yaml.safe_load(file.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise Refused(f"{file}: cannot be read ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict):
+        raise Refused(f"{file}: is no configuration; restore it")
+    return {name: value for name, value in _flattened(content, "") if name not in NOT_SETTINGS}
+
+
+def _flattened(content: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in content.items():
+        if isinstance(value, dict):
+            yield from _flattened(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
