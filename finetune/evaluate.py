@@ -41,6 +41,9 @@ class EvaluateConfig:
     """Model folder or finetuning run."""
     shards: str
     """Folder of labelled shards, or its URL."""
+    split: str | None = None
+    """Split to evaluate on: a name that `tubelet pack --split all` noted, such as test1, or a file with one key a line,
+    such as split/validation.txt of a run; None takes all samples."""
     out: str | None = None
     """Folder for evaluation.json, predictions.jsonl and report.html; by default `evaluation` in the model's."""
     views: ViewsConfig = dataclasses.field(default_factory=ViewsConfig)
@@ -112,7 +115,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     model, description = load(config.model)
     if description.packing:
         config.views.refuse_crops(f"{config.model} was trained on packed clips, of which each")
-    shards = open_shards("shards", config.shards, description.clip, config.cache)
+    shards = open_shards("shards", config.shards, description.clip, config.cache, config.split)
     check_classes(shards, description.classes)
     out = Path(config.out) if config.out else Path(config.model) / "evaluation"
     with Processes() as processes:
@@ -298,7 +301,8 @@ def _stop_if_not_finite(logits: Tensor, decoded: list[VideoLogits]) -> None:
 
 def circumstances(shards: ShardSet, views: ViewsConfig) -> dict[str, Any]:
     """Returns what `evaluation.json` notes beside the figures: the videos and the views they were found on."""
-    return {"shards": str(shards.folder), "fingerprint": shards.fingerprint, "views": dataclasses.asdict(views)}
+    told = {"shards": str(shards.folder), "split": shards.split, "fingerprint": shards.fingerprint}
+    return told | {"views": dataclasses.asdict(views)}
 
 
 def write_evaluation(out: Path, evaluation: Evaluation, classes: tuple[str, ...], record: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from launch.cli import main
 from pretrain.data.shards import ShardSet
+from pretrain.data.subset import split_of
 from tests.runs import TINY, TINY_ENCODER
 from tests.videos import make_video
 
@@ -90,12 +91,12 @@ def pack(videos: Path, shards: Path, *annotations: object) -> Path:
     return shards
 
 
-def finetune(folder: Path, out: Path, train: Sequence[object], held_out: Sequence[object], steps: int = 4) -> Path:
+def finetune(folder: Path, out: Path, train: Sequence[Path], held_out: Sequence[Path], *options: str) -> Path:
     """Trains a tiny classifier from scratch."""
     recipe = folder / "tiny.yaml"
-    recipe.write_text(TINY + f"architecture: {TINY_ENCODER.replace(', drop_path: 0.2', '')}\nsteps: {steps}\n")
-    sets = ["--data.shards", *train, "--validation.shards", *held_out]
-    assert main(["finetune", "--config", str(recipe), "--out", str(out), *map(str, sets)]) == 0
+    recipe.write_text(TINY + f"architecture: {TINY_ENCODER.replace(', drop_path: 0.2', '')}\nsteps: 4\n")
+    sets = ["--data.shards", *train, *(("--validation.shards", *held_out) if held_out else ())]
+    assert main(["finetune", "--config", str(recipe), "--out", str(out), *map(str, sets), *options]) == 0
     return out
 
 
@@ -105,23 +106,30 @@ def evaluated(model: Path, shards: Path, *options: str) -> dict:
     return json.loads((model / "evaluation" / "evaluation.json").read_text())
 
 
-def test_ucf101_is_packed_by_a_split_finetuned_and_evaluated(tmp_path):
+def test_ucf101_is_packed_once_for_its_three_splits_and_each_is_trained_and_evaluated_on(tmp_path):
     lists = ucf101(tmp_path)
-    train = pack(tmp_path / "UCF-101", tmp_path / "train", lists / "trainlist01.txt")
-    test = pack(tmp_path / "UCF-101", tmp_path / "test", lists, "--split", "test1")
-    figures = evaluated(finetune(tmp_path, tmp_path / "run", [train], [test]), test)
-    assert (figures["samples"], figures["errors"]) == (3, 0)
-    assert ShardSet.open(train).classes == ("ApplyEyeMakeup", "HandstandPushups", "YoYo")
-    assert sorted(ShardSet.open(train).labels()) == [0, 0, 1, 1, 2, 2]
+    shards = pack(tmp_path / "UCF-101", tmp_path / "shards", lists, "--split", "all")
+    whole = ShardSet.open(shards)
+    assert (whole.samples, whole.classes) == (9, ("ApplyEyeMakeup", "HandstandPushups", "YoYo"))
+    for split in (1, 2, 3):
+        held_out = ["--data.split", f"train{split}", "--validation.split", f"test{split}"]
+        run = finetune(tmp_path, tmp_path / f"run{split}", [shards], [], *held_out)
+        figures = evaluated(run, shards, "--split", f"test{split}")
+        assert (figures["samples"], figures["errors"], figures["split"]) == (3, 0, f"test{split}")
+        assert json.loads((run / "evaluation.json").read_text())["fingerprint"] == figures["fingerprint"]
+    assert sorted(split_of(whole, "train2").labels()) == [0, 0, 1, 1, 2, 2]
+    alone = ShardSet.open(pack(tmp_path / "UCF-101", tmp_path / "alone", lists / "trainlist02.txt"))
+    assert sorted(split_of(whole, "train2").keys()) == sorted(alone.keys()), "the same samples as packed by themselves"
 
 
-def test_hmdb51_is_packed_by_a_split_finetuned_and_evaluated(tmp_path):
+def test_hmdb51_is_packed_once_finetuned_on_a_split_and_evaluated_on_its_test_part(tmp_path):
     splits = hmdb51(tmp_path)
-    train, test = (
-        pack(tmp_path / "hmdb51_org", tmp_path / name, splits, "--split", f"{name}3") for name in ("train", "test")
-    )
-    assert ShardSet.open(train).samples == 9, "three of a class, and none that is marked 0"
-    figures = evaluated(finetune(tmp_path, tmp_path / "run", [train], [test]), test)
+    shards = pack(tmp_path / "hmdb51_org", tmp_path / "shards", splits, "--split", "all")
+    whole = ShardSet.open(shards)
+    assert whole.samples == 12, "all but those that are marked 0 in every split"
+    assert [split_of(whole, f"train{split}").samples for split in (1, 2, 3)] == [6, 6, 9]
+    run = finetune(tmp_path, tmp_path / "run", [shards], [], "--data.split", "train3", "--validation.split", "test3")
+    figures = evaluated(run, shards, "--split", "test3")
     assert (figures["samples"], figures["errors"]) == (3, 0)
 
 
