@@ -39,6 +39,16 @@ from pretrain.weights import (
 class Classifier(nn.Module):
     """An encoder with a head.
 
+    What a head reads of each encoder (all that finetuning adds is in the layer of the head for layer-wise decay):
+
+        encoder                      class_token                     mean                  attention
+        joint                        the token of the sequence       all tokens            all tokens
+        factorised_encoder           that of the temporal            the temporal tokens,  the temporal tokens
+                                     transformer                     one for each slot
+        factorised_self_attention,   the token outside of the grid   all tokens            all tokens
+        factorised_dot_product
+        cross_frame                  the mean of the slots' tokens   all but those tokens  all but those tokens
+
     Args:
         encoder: The encoder; it must have a class token if the head reads one, and loses its last norm if not.
         head: The head.
@@ -90,6 +100,10 @@ class Classifier(nn.Module):
 
 class AttentionPool(nn.Module):
     """Multi-head attention pooling (arXiv 2106.04560): one learned query over an encoder's tokens, then an MLP.
+
+    V-JEPA's attentive pooling (arXiv 2404.08471) is a cross-attention block of the same parts, with two differences: it
+    adds its query to what the attention returns, and it normalises the tokens once more before them. Here the tokens
+    have passed the encoder's last norm, and the query is added to nothing.
 
     Args:
         encoder: The encoder, which sets width, heads and the ratio of the MLP.

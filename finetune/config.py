@@ -136,7 +136,6 @@ class FinetuneConfig(RunConfig):
             self._validate_packed()
         if not 0 <= self.drop_path < 1:
             raise Refused(f"drop_path: {self.drop_path} must be at least 0 and less than 1")
-        self.validation.validate()
 
     def _validate_frozen(self) -> None:
         if self.freeze is None:

@@ -41,6 +41,9 @@ class EvaluateConfig:
     """Model folder or finetuning run."""
     shards: str
     """Folder of labelled shards, or its URL."""
+    split: str | None = None
+    """Split to evaluate on: a name that `tubelet pack --split all` noted, such as test1, or a file with one key a line,
+    such as split/validation.txt of a run; None takes all samples."""
     out: str | None = None
     """Folder for evaluation.json, predictions.jsonl and report.html; by default `evaluation` in the model's."""
     views: ViewsConfig = dataclasses.field(default_factory=ViewsConfig)
@@ -78,7 +81,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     model, description = load(config.model)
     if description.packing:
         config.views.refuse_crops(f"{config.model} was trained on packed clips, of which each")
-    shards = open_shards("shards", config.shards, description.clip, config.cache)
+    shards = open_shards("shards", config.shards, description.clip, config.cache, config.split)
     check_classes(shards, description.classes)
     out = Path(config.out) if config.out else Path(config.model) / "evaluation"
     cutter = cutter_of(shards, description, config.views, config.decoder, config.decode_limit_s)
@@ -137,7 +140,8 @@ def _greatest_label(shards: ShardSet) -> int:
 
 def circumstances(shards: ShardSet, views: ViewsConfig) -> dict[str, Any]:
     """Returns what `evaluation.json` notes beside the figures: the videos and the views they were found on."""
-    return {"shards": str(shards.folder), "fingerprint": shards.fingerprint, "views": dataclasses.asdict(views)}
+    told = {"shards": str(shards.folder), "split": shards.split, "fingerprint": shards.fingerprint}
+    return told | {"views": dataclasses.asdict(views)}
 
 
 def samples_at_once(views: ViewsConfig) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,11 +45,11 @@ from pretrain.identity import named_fields
 from pretrain.model.encoder import EncoderConfig
 from pretrain.packing import validate_packed, visible_tokens
 from pretrain.report import Figure, Section, write_report
+from pretrain.sets import RunSets, open_run_sets, save_division
 from pretrain.stage import (
     curve_figures,
     going_on,
     is_finished,
-    open_shards,
     open_stage,
     order_of,
     say_finished,
@@ -86,8 +87,7 @@ class Inputs(NamedTuple):
     """What a finetuning run reads, opened, and what follows from it.
 
     Attributes:
-        shards: The training set.
-        held_out: The held-out set, if there is one.
+        sets: What it trains on and what is held out.
         order: The order of the samples.
         steps: Length of the run in steps.
         start: The folder of the pretrained encoder; None from scratch.
@@ -97,8 +97,7 @@ class Inputs(NamedTuple):
         clips: Cuts the training clips.
     """
 
-    shards: ShardSet
-    held_out: ShardSet | None
+    sets: RunSets
     order: SampleOrder
     steps: int
     start: Path | None
@@ -126,7 +125,8 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
 
 def inputs_of(config: FinetuneConfig) -> Inputs:
     """Opens all that the run reads, and builds what it trains; raises `Refused` for what is wrong with it."""
-    shards, held_out = open_labelled_sets(config)
+    sets = open_labelled_sets(config)
+    shards, held_out = sets.training[0], sets.held_out
     start = starting_point(config)
     order = order_of(config, shards)
     steps = config.total_steps(order.steps_per_epoch)
@@ -136,22 +136,25 @@ def inputs_of(config: FinetuneConfig) -> Inputs:
     freeze(classifier, config.freeze)
     clips = training_clips(config, description, shards, held_out)
     trained = trained_fields(config, start, description)
-    return Inputs(shards, held_out, order, steps, start.folder, trained, description, classifier, clips)
+    return Inputs(sets, order, steps, start.folder, trained, description, classifier, clips)
 
 
 def hashes_of(inputs: Inputs) -> dict[str, str]:
     """Returns what must be the same on all nodes."""
-    data = fingerprints("data.shards", inputs.shards) | fingerprints("validation.shards", inputs.held_out)
+    sets = inputs.sets
+    data = fingerprints("data.shards", *sets.training) | fingerprints("validation.shards", sets.held_out)
     return data | {"encoder": str(inputs.trained["encoder"])[:12]}
 
 
 def finetune_in(processes: Processes, config: FinetuneConfig, inputs: Inputs) -> dict[str, Any]:
     """Finetunes in processes that have found each other; see `finetune`."""
-    shards, held_out, description = inputs.shards, inputs.held_out, inputs.description
+    shards, held_out, description = inputs.sets.training[0], inputs.sets.held_out, inputs.description
     with open_stage(config, processes, "finetune", inputs.order, (shards,), inputs.trained) as run:
         order, steps = going_on(config, inputs.order, run)
         if is_finished(run, steps):
             return say_finished(run)
+        save_division(run, inputs.sets)
+        warn_of_lone_samples(shards)
         if not run.saved:
             logger.info(f"starting from {inputs.start}" if inputs.start else "training from scratch")
         check = functools.partial(accuracy_on, held_out, config, description, run) if held_out else None
@@ -180,15 +183,25 @@ def finetune_in(processes: Processes, config: FinetuneConfig, inputs: Inputs) ->
         return summary
 
 
-def open_labelled_sets(config: FinetuneConfig) -> tuple[ShardSet, ShardSet | None]:
-    """Returns the training set and the held-out set, if there is one; raises `Refused` if their labels do not do."""
-    shards = open_shards("data.shards", config.data.shards, config.data.clip, config.data.cache)
-    check_training_labels(shards)
-    if not config.validation.shards:
-        return shards, None
-    held_out = open_shards("validation.shards", config.validation.shards, config.data.clip, config.data.cache)
-    check_classes(held_out, shards.classes)
-    return shards, held_out
+def open_labelled_sets(config: FinetuneConfig) -> RunSets:
+    """Opens the sets of a run; raises `Refused` if their labels do not do."""
+    sets = open_run_sets(config)
+    check_training_labels(sets.training[0])
+    if sets.held_out:
+        check_classes(sets.held_out, sets.training[0].classes)
+    return sets
+
+
+def warn_of_lone_samples(shards: ShardSet) -> None:
+    """Warns of classes with one sample."""
+    counts = Counter(shards.labels())
+    lone = [name for label, name in enumerate(shards.classes) if counts[label] == 1]
+    if lone:
+        more = f" (as have {len(lone) - 1} others)" if len(lone) > 1 else ""
+        logger.warning(
+            f"{shards.folder}: class {lone[0]!r} has one sample to train on{more}, which cannot tell what its videos "
+            "share; add more of it"
+        )
 
 
 def describe(config: FinetuneConfig, architecture: EncoderConfig, shards: ShardSet) -> ModelDescription:

@@ -34,7 +34,8 @@ from pretrain.engine.wandb_server import server_url, unreachable_because
 from pretrain.errors import DiskFull, Refused, TubeletError
 from pretrain.identity import refuse_other_run
 from pretrain.pretraining import build_autoencoder, trained_fields
-from pretrain.stage import open_sets, open_shards, order_of
+from pretrain.sets import open_run_sets
+from pretrain.stage import order_of
 
 TOLD_VERSIONS = ("tubelet", "Python", "torch", "accelerate", "deepspeed", "timm", "webdataset", "av")
 SHARED_MEMORY = Path("/dev/shm")
@@ -226,12 +227,9 @@ def shards(patient: Patient) -> Finding:
     error: Exception | None = None
     same, text = Same({}, SAME_DATA), ""
     try:
-        patient.sets = open_sets(data)
-        held_out = patient.config.validation.shards
-        opened = [
-            *patient.sets,
-            *([open_shards("validation.shards", held_out, data.clip, data.cache)] if held_out else []),
-        ]
+        sets = open_run_sets(patient.config)
+        patient.sets = sets.training
+        opened = [*sets.training, *([sets.held_out] if sets.held_out else [])]
         order = patient.order = order_of(patient.config, *patient.sets)
         if patient.has_length:
             patient.steps = patient.config.total_steps(order.steps_per_epoch)

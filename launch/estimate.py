@@ -26,7 +26,8 @@ from pretrain.engine.compiler import refuse_divided_weights
 from pretrain.engine.memory import FULL, Zero, read_zero, state_bytes
 from pretrain.errors import Refused
 from pretrain.model.blocks import recompute_activations
-from pretrain.stage import open_sets, order_of
+from pretrain.sets import open_run_sets
+from pretrain.stage import order_of
 
 Stage = Literal["pretrain", "finetune"]
 BATCHES = 2  # the one that is computed, and the one that is copied to the device meanwhile
@@ -191,7 +192,7 @@ def length_of(config: RunConfig, samples: int | None) -> dict[str, Any]:
     data = config.data
     steps_per_epoch = None
     if data.shards != NO_SHARDS:
-        sets = open_sets(data)
+        sets = open_run_sets(config).training
         samples = sum(one.samples for one in sets)
         steps_per_epoch = order_of(config, *sets).steps_per_epoch
     elif samples is not None:
@@ -218,7 +219,7 @@ def trained_model(config: RunConfig, classes: int | None) -> TrainedModel:
     """Returns what a run trains; raises `Refused` where nobody tells how many classes there are."""
     if isinstance(config, FinetuneConfig):
         if config.data.shards != NO_SHARDS:
-            classes = len(open_sets(config.data)[0].classes)
+            classes = len(open_run_sets(config).training[0].classes)
         if not classes:
             raise Refused("--classes: is missing; give the number of classes, or data.shards of a labelled set")
         return finetuned_model(config, classes)

@@ -124,13 +124,12 @@ def _refuse_engine(config: Any) -> None:
 
 def _refuse_input(name: str, config: Any) -> None:
     """Raises `Refused` where shards, weights or checkpoints do not do, or the run is shorter than its warm-up."""
-    from pretrain.stage import open_sets, open_shards, order_of
+    from pretrain.sets import open_run_sets
+    from pretrain.stage import order_of
 
-    sets = open_sets(config.data)
+    sets = open_run_sets(config).training
     order = order_of(config, *sets)
     config.total_steps(order.steps_per_epoch)
-    if config.validation.shards:
-        open_shards("validation.shards", config.validation.shards, config.data.clip, config.data.cache)
     refuse_missing_weights(config)
     _refuse_other_run(name, config, order, sets)
 

@@ -15,7 +15,8 @@ from pretrain.data.reading_list import reading_list
 from pretrain.data.sequence_plan import Packing
 from pretrain.errors import Refused
 from pretrain.packing import packing_of
-from pretrain.stage import open_sets, order_of
+from pretrain.sets import open_run_sets
+from pretrain.stage import order_of
 
 
 def clips_read(
@@ -41,7 +42,7 @@ def clips_read(
         raise Refused(f"--world: {world} must be at least 1")
     config.accumulation(world)
     first, last = _parse_steps(steps)
-    sets = open_sets(config.data)
+    sets = open_run_sets(config).training
     order = order_of(config, *sets)
     total = config.total_steps(order.steps_per_epoch)
     if last > total:

@@ -26,19 +26,67 @@ from pretrain.packing import validate_packed
 
 @dataclasses.dataclass(frozen=True)
 class ValidationConfig:
-    """The reconstruction loss on held-out samples."""
+    """Held-out samples: those of other shards, of another split, or a part of data.shards."""
 
     shards: str | None = None
-    """Folder of held-out shards; None validates nothing."""
+    """Folder of held-out shards; with none of this, split, share and folds nothing is validated."""
+    split: str | None = None
+    """Split that is held out, of these shards or else of data.shards: a name such as test1, or a file of keys."""
+    share: float | None = None
+    """Share of data.shards that is held out, of every class alike and the same in every run."""
+    folds: int | None = None
+    """Parts that data.shards is divided into, of every class alike and the same in every run; one is held out."""
+    fold: int | None = None
+    """Which of the folds is held out, from 1."""
+    group: str | None = None
+    """Regular expression: samples in whose keys its groups find the same are never parted by share or folds; for UCF101
+    (.*_g[0-9]+)_c. Segments of one video stay together without it."""
+    seed: int = 0
+    """Chooses the samples of share or folds."""
     every: int = 1000
     """Steps between validations."""
     samples: int = 1024
     """Held-out samples that are used, at most."""
 
-    def validate(self) -> None:
-        """Raises `Refused` for numbers below 1."""
+    @property
+    def divides(self) -> bool:
+        """Whether the training set is divided, and a part of it held out."""
+        return self.share is not None or self.folds is not None
+
+    def validate(self, data: DataConfig) -> None:
+        """Raises `Refused` for what cannot be, or not on this training set."""
         if self.every < 1 or self.samples < 1:
             raise Refused("validation.every, validation.samples: must be at least 1")
+        if self.share is not None and not 0 < self.share < 1:
+            raise Refused(f"validation.share: {self.share} must lie between 0 and 1")
+        if self.folds is not None and self.folds < 2:
+            raise Refused(f"validation.folds: {self.folds} must be at least 2")
+        both_or_none = (self.folds is None) == (self.fold is None)
+        if not both_or_none or not (self.fold is None or 1 <= self.fold <= (self.folds or 1)):
+            raise Refused(
+                f"validation.fold, validation.folds: fold {self.fold} of {self.folds} cannot be; give both, and a fold "
+                "from 1 to folds"
+            )
+        chosen = ["share"] * (self.share is not None) + ["folds"] * (self.folds is not None)
+        given = ["shards"] * (self.shards is not None) + ["split"] * (self.split is not None)
+        if len(chosen) == 2 or (chosen and given):
+            names = ", ".join(f"validation.{name}" for name in [*given, *chosen])
+            raise Refused(f"{names}: each tells what is held out; give one of them")
+        if not chosen and self.group is not None:
+            raise Refused("validation.group: belongs to validation.share or validation.folds; give one of them")
+        if not 0 <= self.seed < 1 << 63:
+            raise Refused(f"validation.seed: {self.seed} must be at least 0 and less than 2 ** 63")
+        if data.mixture is not None and (chosen or given == ["split"]):
+            name = (chosen or given)[0]
+            raise Refused(
+                f"validation.{name}: holds out a part of data.shards, and data.mixture names several sets; give "
+                "validation.shards"
+            )
+        if given == ["split"] and data.split is None:
+            raise Refused(
+                f"validation.split: {self.split} is a split of data.shards, all of which would be trained on; give "
+                "data.split too"
+            )
 
     def chosen(self, samples: int) -> np.ndarray:
         """Returns the numbers of the samples that are used, ascending and spread evenly over a set of `samples`."""
@@ -86,6 +134,8 @@ class RunConfig:
     """Steps A:B as in metrics.jsonl of which rank 0 writes a trace to profile/; in YAML in quotes; None traces none."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     """Samples and clips."""
+    validation: ValidationConfig = dataclasses.field(default_factory=ValidationConfig)
+    """Held-out samples."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     """AdamW and the learning rate."""
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
@@ -119,6 +169,7 @@ class RunConfig:
         steps_to_profile(self.profile)
         self.data.validate()
         self.data.clip.validate()
+        self.validation.validate(self.data)
         self.optimizer.validate()
         self.checkpoint.validate()
         self.stopping.validate()
@@ -165,8 +216,6 @@ class PretrainConfig(RunConfig):
     """The decoder, which is thrown away."""
     mask: MaskConfig = dataclasses.field(default_factory=MaskConfig)
     """What the encoder does not see."""
-    validation: ValidationConfig = dataclasses.field(default_factory=ValidationConfig)
-    """Loss on held-out samples."""
 
     @property
     def grid(self) -> Grid:
@@ -182,4 +231,3 @@ class PretrainConfig(RunConfig):
         else:
             validate_packed(self.data, self.encoder, "encoder", self.mask)
         self.decoder.validate()
-        self.validation.validate()

@@ -44,12 +44,11 @@ from pretrain.pictures import (
     visible_pixels,
 )
 from pretrain.report import Figure, Section, write_report
+from pretrain.sets import RunSets, open_run_sets, save_division
 from pretrain.stage import (
     curve_figures,
     going_on,
     is_finished,
-    open_sets,
-    open_shards,
     open_stage,
     order_of,
     say_finished,
@@ -76,16 +75,14 @@ class Inputs(NamedTuple):
     """What a pretraining run reads, opened, and what follows from it.
 
     Attributes:
-        sets: The training set, or the sets of a mixture.
-        held_out: The held-out set, if there is one.
+        sets: What it trains on and what is held out.
         order: The order of the samples.
         steps: Length of the run in steps.
         initial: The weights to start from and their folder, if any.
         clips: Cuts the training clips.
     """
 
-    sets: tuple[ShardSet, ...]
-    held_out: ShardSet | None
+    sets: RunSets
     order: SampleOrder
     steps: int
     initial: tuple[dict[str, Tensor], Path] | None
@@ -110,28 +107,28 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
 
 def inputs_of(config: PretrainConfig) -> Inputs:
     """Opens all that the run reads; raises `Refused` for what is wrong with it."""
-    sets = open_sets(config.data)
-    held_out = None
-    if config.validation.shards:
-        held_out = open_shards("validation.shards", config.validation.shards, config.data.clip, config.data.cache)
-    order = order_of(config, *sets)
+    sets = open_run_sets(config)
+    order = order_of(config, *sets.training)
     steps = config.total_steps(order.steps_per_epoch)
     initial = initial_weights(config, config.init) if config.init else None
-    return Inputs(sets, held_out, order, steps, initial, training_clips(config, sets, held_out))
+    return Inputs(sets, order, steps, initial, training_clips(config, sets.training, sets.held_out))
 
 
 def hashes_of(inputs: Inputs) -> dict[str, str]:
     """Returns what must be the same on all nodes."""
-    return fingerprints("data.shards", *inputs.sets) | fingerprints("validation.shards", inputs.held_out)
+    sets = inputs.sets
+    return fingerprints("data.shards", *sets.training) | fingerprints("validation.shards", sets.held_out)
 
 
 def pretrain_in(processes: Processes, config: PretrainConfig, inputs: Inputs) -> dict[str, Any]:
     """Pretrains in processes that have found each other; see `pretrain`."""
-    sets, held_out, order, steps, initial, clips = inputs
-    with open_stage(config, processes, "pretrain", order, sets, trained_fields(config)) as run:
+    sets, order, steps, initial, clips = inputs
+    held_out = sets.held_out
+    with open_stage(config, processes, "pretrain", order, sets.training, trained_fields(config)) as run:
         order, steps = going_on(config, order, run)
         if is_finished(run, steps):
             return say_finished(run)
+        save_division(run, sets)
         torch.manual_seed(config.seed)
         autoencoder = build_autoencoder(config)
         if initial and not run.saved:
@@ -151,7 +148,7 @@ def pretrain_in(processes: Processes, config: PretrainConfig, inputs: Inputs) ->
             export=functools.partial(export_encoder, config, run),
         )
         done = max(run.first_step, steps)
-        strips = save_reconstructions(config, run, done, model, held_out or sets[0])
+        strips = save_reconstructions(config, run, done, model, held_out or sets.training[0])
         summary = summarise(run, done)
         processes.on_main_only(lambda: write_pretraining_report(config, run.out, summary, strips))
         run.finish(summary)

@@ -21,6 +21,7 @@ from pretrain.data.packed_clips import PackedBatch, PackedTrainingClips, packed_
 from pretrain.data.randomness import seed_of_set
 from pretrain.data.shard_cache import CacheConfig
 from pretrain.data.shards import ShardSet
+from pretrain.data.subset import split_of
 from pretrain.data.training_clips import TrainingClips
 from pretrain.engine.averaging import AverageConfig, WeightAverage
 from pretrain.engine.checkpoint_size import checkpoint_bytes_of
@@ -43,17 +44,20 @@ from pretrain.report import Figure, curves
 logger = logging.getLogger(__name__)
 
 
-def open_shards(field: str, path: str | None, clip: ClipConfig, cache: CacheConfig | None = None) -> ShardSet:
-    """Opens a set of shards to cut clips from.
+def open_shards(
+    field: str, path: str | None, clip: ClipConfig, cache: CacheConfig | None = None, split: str | None = None
+) -> ShardSet:
+    """Opens a set of shards, or a split of it, to cut clips from.
 
     Args:
-        field: The field that names the set, such as `data.shards`.
+        field: The field that names the set, such as `data.shards`; the field of its split ends in `split` instead.
         path: The set's folder or URL.
         clip: The clips.
         cache: Where shards from a URL are kept.
+        split: The split, as `split_of` takes it; None is the whole set.
 
     Raises:
-        Refused: The set cannot be opened, or the clip's stride means nothing on it.
+        Refused: The set cannot be opened, it has no such split, or the clip's stride means nothing on it.
         TubeletError: It cannot be fetched.
     """
     if path is None:
@@ -63,7 +67,12 @@ def open_shards(field: str, path: str | None, clip: ClipConfig, cache: CacheConf
     except Refused as error:
         raise Refused(f"{field}: {error}") from error
     refuse_stride_on_resampled(field, shards, clip)
-    return shards
+    if split is None:
+        return shards
+    try:
+        return split_of(shards, split)
+    except Refused as error:
+        raise Refused(f"{field.removesuffix('shards')}split: {error}") from error
 
 
 def refuse_stride_on_resampled(field: str, shards: ShardSet, clip: ClipConfig) -> None:
@@ -73,13 +82,6 @@ def refuse_stride_on_resampled(field: str, shards: ShardSet, clip: ClipConfig) -
             f"data.clip.stride: {field} {shards.folder} was packed with --fps, so stored frames are not the source's; "
             f"give data.clip.frame_rate instead"
         )
-
-
-def open_sets(data: DataConfig) -> tuple[ShardSet, ...]:
-    """Opens the set of a run, or the sets of its mixture; raises `Refused` as `open_shards` does."""
-    if data.mixture is None:
-        return (open_shards("data.shards", data.shards, data.clip, data.cache),)
-    return tuple(open_shards("data.mixture", folder, data.clip, data.cache) for folder in data.mixture)
 
 
 def order_of(config: RunConfig, *sets: ShardSet) -> SampleOrder:

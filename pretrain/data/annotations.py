@@ -29,6 +29,7 @@ HMDB51_NAME = re.compile(r"(.+)_test_split([123])\.txt")
 HMDB51_TAGS = {"0": None, "1": "train", "2": "test"}
 UCF101_NAME = re.compile(r"(train|test)list0?[123]\.txt")
 UCF101_CLASSES = "classInd.txt"
+ALL_SPLITS = "all"
 SPLIT_NAMES = tuple(f"{part}{number}" for number in (1, 2, 3) for part in ("train", "test"))
 """The splits that a folder of UCF101 or HMDB51 holds."""
 LABELS_PATTERN = "*labels.json"
@@ -43,11 +44,13 @@ class Annotation:
         label: The name of its class; None if the file gives none.
         files: The names under which the video may lie, the preferred one first, each with the segment to cut out of it
             (None: all of it). The folder in a name counts only if there is such a folder, the suffix not at all.
+        split: The split that the line puts it in, where all splits are read.
     """
 
     place: str
     label: str | None
     files: tuple[tuple[str, Segment | None], ...]
+    split: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +89,8 @@ def read_annotations(path: Path, split: str | None = None) -> Annotations:
     Args:
         path: The file or folder.
         split: The part to take: of a Kinetics file one that its split column names (None: every line); of a folder of
-            UCF101 or HMDB51 train1, test1 and so on to test3. The other files are one split each.
+            UCF101 or HMDB51 train1, test1 and so on to test3. `all` takes every split, and a video then has an entry
+            for each split that it is in. The other files are one split each.
 
     Raises:
         Refused: It is not recognised, cannot be read, is damaged or empty, or has no such split.
@@ -94,11 +98,9 @@ def read_annotations(path: Path, split: str | None = None) -> Annotations:
     kind = _kind_of(path)
     if kind == "kinetics":
         annotations = _kinetics(path, split)
-    elif kind == "hmdb51":
-        annotations = _hmdb51(path, _checked_split(path, split))
-    elif kind == "ucf101" and path.is_dir():
+    elif kind in ("hmdb51", "ucf101") and path.is_dir():
         checked = _checked_split(path, split)
-        annotations = _ucf101(path / f"{checked[:-1]}list0{checked[-1]}.txt")
+        annotations = _all_splits(path, kind) if checked == ALL_SPLITS else _split_of_folder(path, kind, checked)
     elif split is not None:
         raise Refused(f"split: {path} is one split already; drop --split, or name the file of the other split")
     else:
@@ -133,10 +135,28 @@ def _kind_of(path: Path) -> str:
 
 
 def _checked_split(path: Path, split: str | None) -> str:
-    if split not in SPLIT_NAMES:
+    if split not in (*SPLIT_NAMES, ALL_SPLITS):
         given = "is missing" if split is None else f"{split!r} is none"
-        raise Refused(f"split: {given} of those that {path} may hold; use one of {', '.join(SPLIT_NAMES)}")
+        names = ", ".join(SPLIT_NAMES)
+        raise Refused(f"split: {given} of those that {path} may hold; use one of {names}, or {ALL_SPLITS} of them")
     return split
+
+
+def _split_of_folder(folder: Path, kind: str, split: str) -> Annotations:
+    return _hmdb51(folder, split) if kind == "hmdb51" else _ucf101(_ucf101_list(folder, split))
+
+
+def _ucf101_list(folder: Path, split: str) -> Path:
+    return folder / f"{split[:-1]}list0{split[-1]}.txt"
+
+
+def _all_splits(folder: Path, kind: str) -> Annotations:
+    """Every split that a folder holds; the entries of a video that is in several follow the order of the splits."""
+    names = [split for split in SPLIT_NAMES if kind == "hmdb51" or _ucf101_list(folder, split).is_file()]
+    parts = {split: _split_of_folder(folder, kind, split) for split in names}
+    entries = [dataclasses.replace(entry, split=split) for split, part in parts.items() for entry in part.entries]
+    classes = tuple(sorted({name for part in parts.values() for name in part.classes}))
+    return Annotations(tuple(entries), parts[names[0]].class_order, classes)
 
 
 def _kinetics(path: Path, split: str | None) -> Annotations:
@@ -153,14 +173,14 @@ def _kinetics(path: Path, split: str | None) -> Annotations:
     except csv.Error as error:
         raise Refused(f"{path}:{reader.line_num}: not a line of CSV ({error}); download the file again") from error
     splits = sorted({row["split"] for _, row in rows}) if split is not None else []
-    if split is not None and split not in splits:
-        raise Refused(f"split: {path} has no {split!r}; use one of {', '.join(splits)}")
-    kept = [(place, row) for place, row in rows if split is None or row["split"] == split]
-    entries = tuple(_kinetics_entry(place, row) for place, row in kept)
+    if split not in (None, ALL_SPLITS, *splits):
+        raise Refused(f"split: {path} has no {split!r}; use one of {', '.join(splits)}, or {ALL_SPLITS} of them")
+    kept = [(place, row) for place, row in rows if split in (None, ALL_SPLITS) or row["split"] == split]
+    entries = tuple(_kinetics_entry(place, row, split == ALL_SPLITS) for place, row in kept)
     return Annotations(entries, None, tuple(sorted({row["label"] for _, row in rows if row.get("label")})))
 
 
-def _kinetics_entry(place: str, row: dict[str, str]) -> Annotation:
+def _kinetics_entry(place: str, row: dict[str, str], with_split: bool) -> Annotation:
     name = row["youtube_id"].strip()
     try:
         start_s, end_s = float(row["time_start"]), float(row["time_end"])
@@ -173,7 +193,8 @@ def _kinetics_entry(place: str, row: dict[str, str]) -> Annotation:
         )
     whole = Segment(round(start_s * 1000), round(end_s * 1000))
     files = ((f"{name}_{int(start_s):06d}_{int(end_s):06d}.mp4", None), (f"{name}.mp4", whole))
-    return Annotation(place, row.get("label") or None, files)
+    split = "_".join(row["split"].split()) if with_split else None
+    return Annotation(place, row.get("label") or None, files, split or None)
 
 
 def _something_something(path: Path) -> Annotations:

@@ -22,6 +22,9 @@ class DataConfig:
     """Folder of shards, written by `tubelet pack`, or its http://, https:// or s3:// URL."""
     mixture: dict[str, float] | None = None
     """Several folders or URLs of shards in place of one, each with its weight: its share of every step."""
+    split: str | None = None
+    """Split of `shards` to train on: a name that `tubelet pack --split all` noted, such as train1, or a file with one
+    key a line; None takes all samples."""
     cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
     """Where shards from URLs are kept."""
     clip: ClipConfig = dataclasses.field(default_factory=ClipConfig)
@@ -65,6 +68,8 @@ class DataConfig:
         for folder, weight in (self.mixture or {}).items():
             if not 0 < weight < math.inf:
                 raise Refused(f"data.mixture: the weight {weight} of {folder} must be finite and greater than 0")
+        if self.split is not None and self.mixture is not None:
+            raise Refused(f"data.split: {self.split} is a split of data.shards, and data.mixture names several sets")
         if not 0 <= self.class_power <= 1:
             raise Refused(f"data.class_power: {self.class_power} must lie between 0 (all alike) and 1 (as stored)")
         if self.class_power < 1 and self.mixture is not None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from pretrain.data.index_worker import FoundSample, IndexedVideo
 from pretrain.data.pack_folder import PLAN_NAME, REJECTED_NAME, WORK_NAME, Rejection
-from pretrain.data.shard_index import FORMAT_VERSION, INDEX_NAME, ShardEntry, ShardIndex
+from pretrain.data.shard_index import INDEX_NAME, PLAIN_FORMAT_VERSION, ShardEntry, ShardIndex
 from pretrain.errors import Refused
 from pretrain.files import append_json_lines, is_out_of_space, replacing, write_bytes, write_json
 
@@ -59,7 +59,7 @@ def write_index(folder: Path, tars: list[IndexedTar], classes: tuple[str, ...], 
         _write_rejected(folder, rejected)
         heights_and_widths = [(video.height, video.width) for tar in tars for _, _, video in tar.samples]
         content = {
-            "format_version": FORMAT_VERSION,
+            "format_version": PLAIN_FORMAT_VERSION,
             "classes": list(classes),
             "frame_rate": None,
             "short_side": max(min(size) for size in heights_and_widths),

@@ -49,7 +49,8 @@ class PackConfig:
     """Official annotations of the videos in `source`: a Kinetics .csv or a Something-Something v2 .json file, a UCF101
     trainlist01.txt, or the folder of split files of UCF101 or HMDB51."""
     split: str | None = None
-    """Split of `annotations` to pack: a value of the split column of Kinetics, or train1 to test3 of a folder."""
+    """Split of `annotations` to pack: a value of the split column of Kinetics, or train1 to test3 of a folder; `all`
+    packs each video once and notes its splits, of which `--data.split` then names one."""
     classes: str | None = None
     """Class names in the order of their numbers: a file with one a line, a labels .json, a folder of shards that has
     them, or names with commas between."""
@@ -218,7 +219,7 @@ def _accepted(
     """
     for video, result in zip(planned.videos, results, strict=False):
         if isinstance(result, Transcoded):
-            yield PackedSample(video.key, video.path, video.label, result, video.segment)
+            yield PackedSample(video.key, video.path, video.label, result, video.segment, video.splits)
         else:
             path = plan.sources.root / video.path
             if video.path not in plan.missing and not os.path.exists(path):

@@ -21,7 +21,7 @@ from typing import Any, TextIO
 
 from pretrain.data.pack_parts import Part, listed
 from pretrain.data.pack_plan import PackPlan, shard_names
-from pretrain.data.shards import FORMAT_VERSION, INDEX_NAME, ShardEntry, ShardSet
+from pretrain.data.shards import INDEX_NAME, ShardEntry, ShardSet
 from pretrain.errors import Refused
 from pretrain.files import is_out_of_space, write_json, write_text, write_text_once
 
@@ -29,7 +29,7 @@ PLAN_NAME = "pack.json"
 REJECTED_NAME = "rejected.jsonl"
 WORK_NAME = ".packing"
 PARTS_NAME = "parts"
-NEEDED_TO_MERGE = ("videos", "samples_per_shard", "classes", "fps", "short_side")
+NEEDED_TO_MERGE = ("format_version", "videos", "samples_per_shard", "classes", "fps", "short_side")
 DAMAGED = (ValueError, KeyError, TypeError, RecursionError)
 """What reading a damaged file of JSON raises."""
 
@@ -324,7 +324,7 @@ def _first_difference(before: Any, now: list[str]) -> str:
 
 def _index(settings: dict[str, Any], shards: list[ShardEntry]) -> dict[str, Any]:
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": settings["format_version"],
         "classes": settings["classes"],
         "frame_rate": settings["fps"],
         "short_side": settings["short_side"],

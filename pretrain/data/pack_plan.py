@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from pretrain.data.mp4_encoder import CRF, PRESET
-from pretrain.data.shards import FORMAT_VERSION
+from pretrain.data.shard_index import FORMAT_VERSION, PLAIN_FORMAT_VERSION
 from pretrain.data.sources import Source, Sources
 
 
@@ -71,8 +71,9 @@ def make_plan(
         for number, name in enumerate(shard_names(len(videos), samples_per_shard))
     )
     sizes_bytes = {video.path: _size_bytes(sources, video) for video in videos}
+    told_of_splits = any(video.splits for video in videos)
     settings = {
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if told_of_splits else PLAIN_FORMAT_VERSION,
         "short_side": short_side,
         "gop": gop,
         "fps": frame_rate,
@@ -95,10 +96,11 @@ def shard_names(videos: int, samples_per_shard: int) -> list[str]:
 
 
 def _hash_of_videos(videos: list[Source], sizes_bytes: dict[str, int]) -> str:
-    """A hash of paths, labels and sizes: when any of them changes, these are other videos."""
+    """A hash of paths, labels, sizes and splits: when any of them changes, these are other videos."""
     digest = hashlib.sha256()
     for video in videos:
-        digest.update(json.dumps([video.key, video.label, sizes_bytes[video.path]]).encode())
+        splits = [video.splits] if video.splits else []
+        digest.update(json.dumps([video.key, video.label, sizes_bytes[video.path], *splits]).encode())
     return digest.hexdigest()
 
 

@@ -11,7 +11,10 @@ from typing import Any
 
 import numpy as np
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest format that is read."""
+PLAIN_FORMAT_VERSION = 1
+"""The format of a set whose samples have no splits; older versions of Tubelet read it too."""
 INDEX_NAME = "index.json"
 LARGEST = 2**53
 """No size, offset or count is larger."""
@@ -43,7 +46,8 @@ class ShardIndex:
 
     `checksums` are CRC-32s over the stretch of the tar that a read takes: from where the JSON's bytes start to where
     the video's end. `heights` and `widths` are those of the stored frames, in pixels; None in an index that was written
-    before it told them.
+    before it told them. `splits` are the names of the splits that a sample is in, with spaces between; None where
+    packing was told of none.
     """
 
     keys: Sequence[str]
@@ -57,10 +61,14 @@ class ShardIndex:
     checksums: Sequence[int]
     heights: Sequence[int] | None = None
     widths: Sequence[int] | None = None
+    splits: Sequence[str] | None = None
 
     def to_bytes(self) -> bytes:
         """Returns the content of the `.idx` file; equal indexes give equal bytes."""
-        return (json.dumps(dataclasses.asdict(self), separators=(",", ":")) + "\n").encode()
+        columns = dataclasses.asdict(self)
+        if self.splits is None:
+            del columns["splits"]  # so that older versions read the index too
+        return (json.dumps(columns, separators=(",", ":")) + "\n").encode()
 
     @classmethod
     def from_bytes(cls, content: bytes) -> "ShardIndex":
@@ -115,7 +123,8 @@ class ShardIndex:
                 yield self.keys[row], f"has label {self.labels[row]}, but the classes are 0 to {classes - 1}"
 
 
-MAY_BE_NONE = ("labels", "heights", "widths")
+MAY_BE_NONE = ("labels", "heights", "widths", "splits")
+OF_TEXT = ("keys", "splits")
 
 
 def parse_json_object(content: bytes) -> dict[str, Any]:
@@ -167,11 +176,11 @@ def _check_fields(content: dict[str, Any], fields: dict[str, Any], above: str) -
 def _check_column(name: str, column: Any) -> None:
     if not isinstance(column, list):
         raise ValueError(f"{name} is {reprlib.repr(column)}, not a list")
-    kinds = {"keys": (str,), "frame_rates": (int, float)}.get(name, (int,))
+    kinds = (str,) if name in OF_TEXT else (int, float) if name == "frame_rates" else (int,)
     if not set(map(type, column)) <= set(kinds):
         wrong = next(value for value in column if type(value) not in kinds)
         raise ValueError(f"{name} holds {reprlib.repr(wrong)}")
-    if name == "keys" or not column:
+    if name in OF_TEXT or not column:
         return
     if name == "frame_rates":  # of which one may be no number, so that neither least nor largest tells
         fits = all(0 <= value <= LARGEST for value in column)

@@ -23,13 +23,23 @@ from pretrain.files import replacing, sha256_of_file, write_bytes
 
 @dataclasses.dataclass(frozen=True)
 class PackedSample:
-    """A sample on its way into a shard: its key, the path it came from, its class number, the video, its segment."""
+    """A sample on its way into a shard.
+
+    Attributes:
+        key: Its key.
+        source: The path it came from.
+        label: Its class number.
+        video: The video.
+        segment: What was cut out of its source, if not all.
+        splits: The splits of the data set that it is in, if packing was told of any.
+    """
 
     key: str
     source: str
     label: int | None
     video: Transcoded
     segment: Segment | None = None
+    splits: tuple[str, ...] = ()
 
     def members(self) -> dict[str, Any]:
         """Returns what webdataset's writer takes: the key, and the bytes of each member by its suffix."""
@@ -44,6 +54,8 @@ class PackedSample:
         }
         if self.segment is not None:
             metadata |= {"start": self.segment.start_ms / 1000, "end": self.segment.end_ms / 1000}
+        if self.splits:
+            metadata |= {"splits": list(self.splits)}
         label = {} if self.label is None else {"cls": str(self.label).encode()}
         return {"__key__": self.key, "json": json.dumps(metadata).encode(), "mp4": video.video, **label}
 
@@ -98,8 +110,12 @@ def index_tar(path: Path) -> ShardIndex:
     with open(path, "rb") as file:
         rows = [_row(path, file, key, members) for key, members in samples.items()]
     columns = {name: [row[name] for row in rows] for name in rows[0]}
-    labels = columns.pop("labels")
-    return ShardIndex(labels=labels if any(label is not None for label in labels) else None, **columns)
+    labels, splits = columns.pop("labels"), columns.pop("splits")
+    return ShardIndex(
+        labels=labels if any(label is not None for label in labels) else None,
+        splits=splits if any(splits) else None,
+        **columns,
+    )
 
 
 def _row(path: Path, file: Any, key: str, members: dict[str, tarfile.TarInfo]) -> dict[str, Any]:
@@ -113,6 +129,7 @@ def _row(path: Path, file: Any, key: str, members: dict[str, tarfile.TarInfo]) -
         metadata = json.loads(stretch[: metadata_member.size])
         frames, frame_rate = metadata["frames"], metadata["frame_rate"]
         height, width = metadata["height"], metadata["width"]
+        splits = " ".join(metadata.get("splits", ()))
         label = None
         if "cls" in members:
             file.seek(members["cls"].offset_data)
@@ -133,4 +150,5 @@ def _row(path: Path, file: Any, key: str, members: dict[str, tarfile.TarInfo]) -
         "checksums": zlib.crc32(stretch),
         "heights": height,
         "widths": width,
+        "splits": splits,
     }

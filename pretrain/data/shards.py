@@ -78,6 +78,7 @@ class ShardSet:
         fingerprint: SHA-256 of `index.json`, which holds the hashes of all else.
         cache_hits: Reads since opening in this process that found their shard in the cache; 0 for a folder.
         cache_misses: Reads since then that waited for their shard to be downloaded.
+        split: What part of a set this is, if it is one; see `Subset`.
         lenient: Whether a `.idx` may tell of samples what cannot be: `tubelet check` names them all.
     """
 
@@ -92,6 +93,7 @@ class ShardSet:
         self.samples_per_shard = tuple(shard.samples for shard in self.shards)
         self.samples = sum(self.samples_per_shard)
         self.fingerprint = fingerprint
+        self.split: str | None = None
         self.lenient = False
         self._ends = list(itertools.accumulate(self.samples_per_shard))
         self._start_empty()
@@ -160,6 +162,15 @@ class ShardSet:
         """Returns the key of a sample."""
         shard, row = self.locate(number)
         return self.shard_index(shard).keys[row]
+
+    def keys(self) -> list[str]:
+        """Returns the key of every sample, in order of sample number; reads the `.idx` files, never a shard."""
+        return [key for shard in range(len(self.shards)) for key in self._load_index(shard).keys]
+
+    def splits(self) -> list[str]:
+        """Returns for every sample the names of the splits that it is in, with spaces between."""
+        indexes = (self._load_index(shard) for shard in range(len(self.shards)))
+        return [splits for index in indexes for splits in index.splits or [""] * len(index.keys)]
 
     def labels(self) -> list[int]:
         """Returns the label of every sample, in order of sample number; reads the `.idx` files, never a shard.

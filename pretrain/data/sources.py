@@ -39,11 +39,13 @@ class Source:
         path: Its path relative to the root (as listed, if it lies elsewhere).
         label: Its class number; None if unlabelled.
         segment: What to cut out of it; None for all of it.
+        splits: The splits of the data set that it is in, if several are packed.
     """
 
     path: str
     label: int | None = None
     segment: Segment | None = None
+    splits: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -88,7 +90,7 @@ def find_sources(
         classes: What `read_classes` takes; None takes them from the input.
         unlabelled: Whether to pack without labels; a list file then holds paths, and labels after them are dropped.
         annotations: The annotation file of a data set whose videos lie in the folder.
-        split: Which split of the annotation file.
+        split: Which split of the annotation file, or `all` of them.
 
     Raises:
         Refused: An input is missing, empty or unreadable, a line has no label, a label is no class, a path is repeated,
@@ -234,6 +236,7 @@ def _from_annotations(
     videos = _VideosByName(folder)
     places: dict[Source, str] = {}
     labels: dict[Source, int | None] = {}
+    splits: dict[Source, tuple[str, ...]] = {}
     for entry in annotations.entries:
         if not unlabelled and entry.label not in numbers:
             raise Refused(f"{entry.place}: {entry.label!r} is none of the {len(classes)} classes; correct --classes")
@@ -244,13 +247,17 @@ def _from_annotations(
                 f"{entry.place}: {video.path} has another label at {places[video]} already; remove one of them"
             )
         places.setdefault(video, entry.place)
+        splits[video] = splits.get(video, ()) + ((entry.split,) if entry.split else ())
     if not videos.found:
         example = annotations.entries[0].files[0][0]
         raise Refused(
             f"{folder}: holds none of the {len(annotations.entries)} videos that {file} lists, such as {example}; name "
             "the folder of the data set's videos"
         )
-    labelled = [dataclasses.replace(video, label=label) for video, label in labels.items()]
+    labelled = [
+        dataclasses.replace(video, label=label, splits=tuple(dict.fromkeys(splits[video])))
+        for video, label in labels.items()
+    ]
     return Sources(folder, tuple(sorted(labelled, key=_by_path_and_segment)), classes)
 
 

@@ -171,6 +171,30 @@ def test_hmdb51_takes_the_split_that_is_asked_for(hmdb51, tmp_path):
     assert second.classes == train.classes
 
 
+def test_all_splits_of_a_folder_are_noted_and_no_video_is_taken_twice(ucf101, hmdb51, tmp_path):
+    write(tmp_path / "lists", {"trainlist02.txt": "Biking/v_Biking_g01_c01.avi 2\n", "testlist02.txt": ""})
+    sources = find_sources(ucf101, annotations=tmp_path / "lists", split="all")
+    assert {video.path.split("/")[0]: video.splits for video in sources.videos} == {
+        "Archery": ("train1",),
+        "Biking": ("test1", "train2"),
+        "YoYo": ("train1",),
+    }
+    assert sources.classes == ("Archery", "Biking", "YoYo")
+    sources = find_sources(hmdb51, annotations=tmp_path / "splits", split="all")
+    assert {video.path: video.splits for video in sources.videos} == {
+        "brush_hair/a (1).avi": ("train1", "test2"),
+        "brush_hair/b.avi": ("test1", "train2"),
+        "wave/a.avi": ("test1",),
+        "wave/b.avi": ("train1",),
+    }
+
+
+def test_all_splits_of_kinetics_are_those_of_its_column(kinetics, tmp_path):
+    write(tmp_path, {"all.csv": KINETICS + "zumba,abcdefghijk,0,10,train,0\n"})
+    sources = find_sources(kinetics, annotations=tmp_path / "all.csv", split="all")
+    assert sorted(video.splits for video in sources.videos) == [("train",), ("val",), ("val",), ("val",)]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "split", "words"),
     [

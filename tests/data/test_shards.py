@@ -136,7 +136,7 @@ def lengthen(path: Path) -> None:
         (lambda folder: (folder / "index.json").write_text("{"), r"index\.json: not a shard index"),
         (lambda folder: (folder / "index.json").write_text("[]"), r"index\.json: not a shard index"),
         (lambda folder: edit_index(folder, shards=[{"name": "a.tar"}]), r"index\.json: not a shard index"),
-        (lambda folder: edit_index(folder, format_version=2), "format version 2 is newer than 1"),
+        (lambda folder: edit_index(folder, format_version=3), "format version 3 is newer than 2"),
         (lambda folder: (folder / "index.json").write_text("[" * 99_999), "its lists lie too deep in each other"),
         (lambda folder: edit_index(folder, format_version="1"), "format_version is '1', not a format version"),
         (lambda folder: edit_index(folder, classes=[1]), r"classes is \[1\], not a list of names"),

@@ -40,6 +40,33 @@ def test_every_encoder_with_every_pooling_gives_logits_that_depend_on_the_clip(n
     assert not unused, "parameters without a gradient stop data-parallel training"
 
 
+@pytest.mark.parametrize("name", list(ENCODERS))
+@pytest.mark.parametrize("pool", ["class_token", "mean", "attention"])
+def test_every_encoder_with_every_pooling_learns_to_tell_clips_apart(name, pool):
+    model = classifier(name, pool, hidden=(16,), dropout=0.1, init_scale=0.01).train()
+    shade = torch.tensor([30, 128, 225], dtype=torch.uint8).view(3, 1, 1, 1, 1)
+    clips = shade + torch.randint(0, 30, (3, 4, 16, 16, 3), dtype=torch.uint8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    losses = []
+    for _ in range(25):
+        loss = torch.nn.functional.cross_entropy(model(clips), torch.arange(3))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(1.0986, abs=0.01), "even odds for three classes at first"
+    assert model.eval()(clips).argmax(1).tolist() == [0, 1, 2]
+
+
+def test_dropout_is_before_the_last_layer_and_in_training_alone():
+    model = classifier("joint", "mean", hidden=(8,), dropout=0.5, init_scale=1.0)
+    clips = torch.randint(0, 256, (2, 4, 16, 16, 3), dtype=torch.uint8)
+    assert [type(layer).__name__ for layer in model.head] == ["LayerNorm", "Linear", "GELU", "Dropout", "Linear"]
+    assert torch.equal(model(clips), model(clips))
+    model.head.train()
+    assert not torch.equal(model(clips), model(clips))
+
+
 @pytest.mark.parametrize("name", ["joint", "factorised_encoder"])
 def test_a_class_token_is_added_to_an_encoder_that_was_pretrained_without_one(name):
     with_token = classifier(name, "class_token").encoder

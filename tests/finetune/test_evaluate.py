@@ -100,6 +100,34 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_evaluation(finetu
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_sets_and_models_that_do_not_fit_are_refused_in_one_line(
+    finetuned, pretrained, packed_shards, other_shards, tmp_path, capsys
+):
+    model = Path(shutil.copytree(finetuned / "model", tmp_path / "model"))
+    (model / "model.safetensors").unlink()
+    folder = Path(shutil.copytree(packed_shards, tmp_path / "shards"))
+    content = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps(content | {"classes": ["run", "jump"]}))
+    (tmp_path / "empty.txt").touch()
+    for options, message in (
+        (["--shards", other_shards], f"{other_shards}: has no labels; pack it from class folders or with --list"),
+        (["--shards", folder], f"{folder}: its classes run, jump ... are not the model's jump, run"),
+        (["--model", model], f"{model}: has no model.safetensors; give a model's folder"),
+        (["--model", pretrained / "encoder"], "encoder: is an encoder, not a classifier; finetune it first"),
+        (
+            ["--split", tmp_path / "empty.txt"],
+            f"split: {tmp_path / 'empty.txt'}: names no sample; write one key a line",
+        ),
+        (["--split", "test1"], f"split: test1 is no split of {packed_shards} and no file; pack with --split all"),
+    ):
+        capsys.readouterr()
+        command = ["evaluate", "--model", finetuned, "--shards", packed_shards, "--out", tmp_path / "out", *options]
+        assert main([str(part) for part in command]) == 2
+        (said,) = capsys.readouterr().err.splitlines()
+        assert message in said
+        assert not (tmp_path / "out").exists()
+
+
 def test_a_stride_means_nothing_on_resampled_shards(finetuned, packed_shards, tmp_path, capsys):
     shards = tmp_path / "shards"
     assert main(["pack", str(packed_shards.parent / "videos"), str(shards), "--fps", "6", "--jobs", "1"]) == 0

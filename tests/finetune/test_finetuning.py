@@ -176,6 +176,17 @@ def test_shards_without_labels_or_with_other_classes_are_refused(finetuning, pac
     assert re.search(rf"{other}/shard-0+\d\.idx: sample \S+ has label 1, but the classes are 0 to 0; make", said)
 
 
+def test_an_encoder_is_finetuned_at_other_frames_rates_and_sizes_than_it_was_pretrained_at(
+    finetuning, pretrained, tmp_path
+):
+    clip = ["--data.clip.frames", "6", "--data.clip.size", "32", "--data.clip.frame_rate", "6"]
+    assert main([*finetuning, "--out", str(tmp_path / "run"), *clip, "--steps", "4"]) == 0
+    content = json.loads((tmp_path / "run" / "model" / "config.json").read_text())["clip"]
+    assert (content["frames"], content["size"], content["frame_rate"], content["stride"]) == (6, 32, 6.0, None)
+    assert json.loads((pretrained / "encoder" / "config.json").read_text())["clip"]["frames"] == 4
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["samples"] == 11
+
+
 def test_training_from_scratch_needs_an_architecture(finetuning, tmp_path, capsys):
     scratch = [*finetuning, "--out", str(tmp_path / "run"), "--encoder", "null"]
     assert "encoder: is missing; give a pretraining run, or an architecture" in refusal(capsys, scratch)

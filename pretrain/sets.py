@@ -1,0 +1,129 @@
+"""The sets of a run: what it trains on and what is held out, from the fields of `data` and `validation`."""
+
+import logging
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+
+from pretrain.config import RunConfig, ValidationConfig
+from pretrain.data.partition import groups_of, parts_of
+from pretrain.data.shards import ShardSet
+from pretrain.data.subset import Subset, write_keys
+from pretrain.engine.run import Run
+from pretrain.errors import Refused
+from pretrain.stage import open_shards
+
+logger = logging.getLogger(__name__)
+
+SPLIT = "split"
+"""The folder of a run that takes the keys of a set that the run divided."""
+
+
+class RunSets(NamedTuple):
+    """The sets of a run.
+
+    Attributes:
+        training: The training set, or the sets of a mixture.
+        held_out: The held-out set, if there is one.
+        divided: Whether both are parts of one set that the run divided.
+    """
+
+    training: tuple[ShardSet, ...]
+    held_out: ShardSet | None
+    divided: bool = False
+
+
+def open_run_sets(config: RunConfig) -> RunSets:
+    """Opens the sets of a run.
+
+    Raises:
+        Refused: One of them cannot be opened, has no such split or cannot be divided as asked for, or samples of the
+            training set are held out too.
+        TubeletError: One cannot be fetched.
+    """
+    data, validation = config.data, config.validation
+    if data.mixture is not None:
+        training = tuple(open_shards("data.mixture", folder, data.clip, data.cache) for folder in data.mixture)
+    else:
+        training = (open_shards("data.shards", data.shards, data.clip, data.cache, data.split),)
+    if validation.divides:
+        return RunSets(*_divided(training[0], validation), divided=True)
+    if validation.shards is None and validation.split is None:
+        return RunSets(training, None)
+    path = data.shards if validation.shards is None else validation.shards
+    held_out = open_shards("validation.shards", path, data.clip, data.cache, validation.split)
+    if isinstance(held_out, Subset):
+        _refuse_overlap(training[0], held_out)
+    return RunSets(training, held_out)
+
+
+def save_division(run: Run, sets: RunSets) -> None:
+    """Tells how a run divided its set, and writes the keys of both parts into its folder; every rank calls it."""
+    if not sets.divided or sets.held_out is None:
+        return
+    training, held_out = sets.training[0], sets.held_out
+    logger.info(
+        f"{held_out.split} of {training.folder}: {training.samples} samples are trained on and {held_out.samples} held "
+        f"out; {run.out / SPLIT} lists their keys"
+    )
+
+    def write() -> None:
+        (run.out / SPLIT).mkdir(exist_ok=True)
+        write_keys(run.out / SPLIT / "training.txt", training)
+        write_keys(run.out / SPLIT / "validation.txt", held_out)
+
+    run.processes.on_main_only(write)
+
+
+def _divided(shards: ShardSet, validation: ValidationConfig) -> tuple[tuple[ShardSet], ShardSet]:
+    """Returns the part to train on and the part that is held out."""
+    keys = shards.keys()
+    labels = shards.labels() if shards.labelled else [0] * shards.samples
+    groups = groups_of(keys, validation.group)
+    if validation.folds is not None and validation.fold is not None:
+        field, name = "validation.folds", f"fold {validation.fold} of {validation.folds}"
+        parts = parts_of(groups, labels, [1 / validation.folds] * validation.folds, validation.seed)
+        chosen = parts == validation.fold - 1
+    else:
+        share = validation.share or 0
+        field, name = "validation.share", f"share {share:g}"
+        chosen = parts_of(groups, labels, [1 - share, share], validation.seed) == 1
+    _refuse_lost_classes(field, shards, groups, labels, chosen)
+    whole, numbers = (shards.whole, shards.numbers) if isinstance(shards, Subset) else (shards, None)
+    told = name if shards.split is None else f"{name} of {shards.split}"
+    rows = np.arange(shards.samples) if numbers is None else numbers
+    return (Subset(whole, rows[~chosen], f"all but {told}"),), Subset(whole, rows[chosen], told)
+
+
+def _refuse_lost_classes(
+    field: str, shards: ShardSet, groups: list[str], labels: list[int], chosen: np.ndarray
+) -> None:
+    """Raises `Refused` where a class has no sample to train on, or a share holds none of it out."""
+    trained = {labels[number] for number in np.flatnonzero(~chosen).tolist()}
+    held_out = {labels[number] for number in np.flatnonzero(chosen).tolist()}
+    lost = sorted(set(labels) - trained) or (sorted(set(labels) - held_out) if field.endswith("share") else [])
+    if not lost and held_out:
+        return
+    label = lost[0] if lost else labels[0]
+    count = Counter(labels)[label]
+    kinds = len({group for group, one in zip(groups, labels, strict=True) if one == label})
+    subject = f"class {shards.classes[label]!r} of {shards.folder}" if shards.labelled else str(shards.folder)
+    more = f" (and {len(lost) - 1} other classes)" if len(lost) > 1 else ""
+    has = f"{count} sample{'s' * (count > 1)}" + (f" in {kinds} group{'s' * (kinds > 1)}" if kinds < count else "")
+    raise Refused(
+        f"{field}: {subject} has {has}{more}, too few to train on some and hold others out; add videos of it, leave it "
+        "out of the set, or give validation.shards"
+    )
+
+
+def _refuse_overlap(training: ShardSet, held_out: Subset) -> None:
+    """Raises `Refused` where samples of one set would be trained on and held out too."""
+    whole = training.whole if isinstance(training, Subset) else training
+    numbers = training.numbers if isinstance(training, Subset) else np.arange(training.samples)
+    both = len(np.intersect1d(numbers, held_out.numbers))
+    if both and whole.fingerprint == held_out.whole.fingerprint:
+        raise Refused(
+            f"validation.split: {both} of the {held_out.samples} samples of {held_out.split} are trained on too "
+            f"(data.split {training.split}); hold out a split that is not"
+        )
