@@ -22,7 +22,6 @@ import torch
 from finetune.config import FinetuneConfig
 from finetune.evaluate import EvaluateConfig, Evaluation, evaluate, evaluation_sections
 from finetune.finetuning import finetune
-from finetune.probe import features, knn_accuracy
 from launch.digits import MOTIONS, Split, write_videos
 from pretrain.commandline import parse
 from pretrain.config import PretrainConfig
@@ -30,8 +29,10 @@ from pretrain.data.pack import PackConfig, pack
 from pretrain.data.shards import ShardSet
 from pretrain.engine.tracking import read_metrics
 from pretrain.errors import Refused
+from pretrain.features import features
 from pretrain.files import write_json
 from pretrain.model.encoder import Encoder
+from pretrain.neighbours import knn_accuracy
 from pretrain.pretraining import pretrain
 from pretrain.report import RECONSTRUCTION_NOTE, Figure, Section, Table, curves, write_report
 from pretrain.weights import configs_from, encoder_from, load_encoder_weights, load_model_folder
