@@ -30,6 +30,7 @@ from pretrain.data.loader import Batch
 from pretrain.data.packed_clips import PackedBatch, PackedTrainingClips, grid_of_sample
 from pretrain.data.shards import ShardSet
 from pretrain.data.training_clips import TrainingClips
+from pretrain.engine.checks import Check
 from pretrain.engine.distributed import Processes
 from pretrain.engine.run import Run
 from pretrain.engine.saving import Exported, whole_weights
@@ -149,7 +150,10 @@ def finetune_in(processes: Processes, config: FinetuneConfig, inputs: Inputs) ->
             return say_finished(run)
         if not run.saved:
             logger.info(f"starting from {inputs.start}" if inputs.start else "training from scratch")
-        check = functools.partial(accuracy_on, held_out, config, description, run) if held_out else None
+        checks = []
+        if held_out:
+            measure = functools.partial(accuracy_on, held_out, config, description, run)
+            checks.append(Check("a validation", config.validation.every, measure))
         model = train(
             config,
             run,
@@ -158,8 +162,7 @@ def finetune_in(processes: Processes, config: FinetuneConfig, inputs: Inputs) ->
             inputs.classifier,
             inputs.clips,
             build_objective(config.mixing, config.data.clip, len(shards.classes), packed=bool(config.data.packing)),
-            validation=check,
-            validate_every=config.validation.every,
+            checks=checks,
             export=functools.partial(export_classifier, description, run),
         )
         summary = summarise(run, max(run.first_step, steps))

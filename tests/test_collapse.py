@@ -44,7 +44,8 @@ def test_noise_around_one_vector_is_a_collapse_although_it_has_full_rank_once_ce
 
 def test_features_are_compared_with_those_before_training_and_with_a_floor():
     before = Spread(rank=7.0, deviation=0.5)
-    assert collapse_of(Spread(2.4, 0.08), before) is None
-    assert "of the 0.5 before training" in collapse_of(Spread(1.1, 0.02), before)
-    assert collapse_of(Spread(1.1, 0.02), None) is None
-    assert "is below 0.01" in collapse_of(Spread(1.1, 0.009), None)
+    assert collapse_of(Spread(1.4, 0.03), before) is None
+    assert collapse_of(Spread(1.4, 0.009), before) == "their deviation is 0.009, and was 0.5 before training"
+    assert collapse_of(Spread(1.1, 0.6), before) == "their effective rank is 1.1, and was 7 before training"
+    assert collapse_of(Spread(1.1, 0.009), None) is None
+    assert collapse_of(Spread(1.1, 0.003), None) == "their deviation 0.003 is below 0.0039"

@@ -22,6 +22,7 @@ from pretrain.data.order import Order
 from pretrain.data.shards import ShardSet
 from pretrain.data.training_clips import Costs
 from pretrain.engine.checkpoint import CheckpointConfig, Checkpoints, engine_kind, find_checkpoint, step_folders
+from pretrain.engine.checks import Check
 from pretrain.engine.distributed import Processes
 from pretrain.engine.optimizer import OptimizerConfig
 from pretrain.engine.ownership import RunLock
@@ -117,7 +118,6 @@ def trainer_of(
         clip_grad=None,
         log_every=1,
         checkpoint_every=checkpoint_every,
-        validate_every=0,
         max_bad_share=1.0,
     )
     layer = torch.nn.Linear(2, 2)
@@ -301,9 +301,9 @@ def test_a_signal_in_a_validation_abandons_it_saves_and_the_next_attempt_owes_it
 
     def trained(first_step: int, unvalidated: dict | None) -> Trainer:
         trainer = trainer_of(tmp_path, processes, lambda model, batch: model(batch.clips).sum(), checkpoint_every=3)
-        lengths = {"first_step": first_step, "validate_every": 2, "unvalidated": unvalidated}
+        lengths = {"first_step": first_step, "unvalidated": unvalidated}
         trainer.plan = dataclasses.replace(trainer.plan, **lengths)
-        trainer.validation = validation
+        trainer.checks = [Check("a validation", 2, validation)]
         return trainer
 
     with Processes() as processes:
