@@ -9,7 +9,6 @@ import functools
 import logging
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -23,11 +22,11 @@ from pretrain.engine.checks import Check, Figures
 from pretrain.engine.run import Run
 from pretrain.errors import Refused, StoppedByRule
 from pretrain.features import Encode, VideoFeatures, mean_features_by, shared_features
+from pretrain.labelled import listed, open_labelled, refuse_other_classes, videos_by_class
 from pretrain.model.packing import pool_segments
 from pretrain.neighbours import knn_accuracy
 from pretrain.packing import joined, packing_of, visible_tokens
 from pretrain.report import Figure, Section, curves
-from pretrain.stage import open_shards
 
 logger = logging.getLogger(__name__)
 
@@ -52,47 +51,28 @@ def open_probe_sets(config: PretrainConfig) -> ProbeSets | None:
     """
     if config.probe.shards is None:
         return None
-    known = _open_labelled("probe.shards", config.probe.shards, config)
+    data = config.data
+    known = open_labelled("probe.shards", config.probe.shards, data.clip, data.cache, least=2)
     chosen = config.probe.chosen(known.samples)
-    counts = np.bincount(np.array(known.labels())[chosen], minlength=len(known.classes))
+    counts = videos_by_class(known, chosen)
     if (counts > 0).sum() < 2:
         raise Refused(
             f"probe.shards: {known.folder} has videos of one class among the {len(chosen)} that are used; give a set "
             f"of two classes or more, or raise probe.samples"
         )
     if config.probe.asked is not None:
-        asked = _open_labelled("probe.asked", config.probe.asked, config)
+        asked = open_labelled("probe.asked", config.probe.asked, data.clip, data.cache)
         refuse_other_classes("probe.asked", asked, "probe.shards", known)
         return ProbeSets(known, asked)
     single = [name for name, count in zip(known.classes, counts, strict=True) if count == 1]
     if single:
-        named = ", ".join(single[:3]) + (f" and {len(single) - 3} more classes" if len(single) > 3 else "")
         logger.warning(
             "probe.shards: %s: one video each among the %d that are used, so that none of the others is of its class; "
             "raise probe.samples, add videos, or give probe.asked",
-            named,
+            listed(single),
             len(chosen),
         )
     return ProbeSets(known, None)
-
-
-def _open_labelled(field: str, path: str, config: PretrainConfig) -> ShardSet:
-    shards = open_shards(field, path, config.data.clip, config.data.cache)
-    if shards.samples < 2:
-        raise Refused(f"{field}: {shards.folder} holds {shards.samples} videos, too few to compare; pack more")
-    if not shards.labelled:
-        raise Refused(f"{field}: {shards.folder} has no labels; pack it from class folders or with --list")
-    return shards
-
-
-def refuse_other_classes(field: str, shards: ShardSet, other_field: str, other: ShardSet) -> None:
-    """Raises `Refused` unless two sets have the same classes, in the same order."""
-    if shards.classes != other.classes:
-        differing = sorted(set(shards.classes) ^ set(other.classes)) or ["their order"]
-        raise Refused(
-            f"{field}: the classes of {shards.folder} are not those of {other_field} {other.folder} (they differ in "
-            f"{', '.join(differing[:3])}); pack both with the same --classes"
-        )
 
 
 class Prober:
