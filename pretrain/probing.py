@@ -30,6 +30,8 @@ from pretrain.report import Figure, Section, curves
 
 logger = logging.getLogger(__name__)
 
+FEW_BATCHES = 16  # that a process reads by itself in less time than its loader processes need to start
+
 
 class ProbeSets(NamedTuple):
     """The labelled sets of a probe.
@@ -168,7 +170,8 @@ class Prober:
         data, processes = self.config.data, self.run.processes
         views, encode = views_and_encoding(self.config, shards, model, processes.device)
         chosen = self.config.probe.chosen(shards.samples)
-        return shared_features(encode, views, chosen, processes, data.micro_batch, data.workers)
+        workers = data.workers if len(chosen) > FEW_BATCHES * data.micro_batch * processes.world else 0
+        return shared_features(encode, views, chosen, processes, data.micro_batch, workers)
 
 
 def views_and_encoding(
