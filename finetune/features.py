@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -44,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 VIDEOS_IN_PART = 200
+ABANDONED_AFTER_S = 3600
+"""Age of a file half written by a call that was killed; a younger one may be another call's, which is writing it."""
 GIB = 2**30
 
 FeatureKind = Literal["mean", "tokens"]
@@ -192,6 +195,10 @@ class KeptFeatures:
         with _writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "key.json", self.key)
+            for leftover in self.folder.glob("*.tmp-*"):
+                with contextlib.suppress(FileNotFoundError):
+                    if time.time() - leftover.stat().st_mtime > ABANDONED_AFTER_S:
+                        leftover.unlink()
 
     def _compute(self, number: int, encoder: Encoder, device: torch.device, reading: Reading) -> None:
         first = number * VIDEOS_IN_PART

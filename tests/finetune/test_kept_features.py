@@ -1,6 +1,7 @@
 """Frozen features on disk: computed once, and again only where they are damaged or of something else."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,17 @@ def test_a_damaged_part_alone_is_computed_again_and_one_line_says_so(kept, told,
     after = [path.stat().st_mtime_ns for path in paths]
     assert [old == new for old, new in zip(before, after, strict=True)] == [True, False, True]
     assert [line.startswith(f"{paths[1]}: is damaged (") for line in told] == [True] * (damage is not Path.unlink)
+
+
+def test_what_a_killed_call_left_half_written_is_removed_once_nobody_can_be_writing_it(kept):
+    kept.folder.mkdir(parents=True)
+    old, young = (kept.folder / f"part-00000.safetensors.tmp-{number}" for number in (1, 2))
+    old.touch()
+    young.touch()
+    os.utime(old, (1, 1))
+    read(kept)
+    assert not old.exists()
+    assert young.exists()
 
 
 def test_videos_that_could_not_be_decoded_are_tried_again(kept, packed_shards):
