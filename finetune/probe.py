@@ -20,7 +20,7 @@ from finetune.config import ViewsConfig
 from finetune.evaluate import Evaluation, VideoLogits, circumstances, figures_of, make_writable, write_evaluation
 from finetune.features import FeatureKind, FrozenEncoder, KeptFeatures, Reading, open_encoder
 from finetune.linear_probe import linear_logits
-from pretrain.commandline import met_by_every_rank
+from pretrain.commandline import met_by_every_rank, to_yaml
 from pretrain.data.decode_client import DECODE_LIMIT_S, refuse_decode_limit
 from pretrain.data.shard_cache import CacheConfig
 from pretrain.data.shards import ShardSet
@@ -28,7 +28,7 @@ from pretrain.data.video import DecoderName
 from pretrain.engine.distributed import Processes
 from pretrain.errors import Refused
 from pretrain.features import VideoFeatures
-from pretrain.files import write_json
+from pretrain.files import write_json, write_text
 from pretrain.labelled import listed, open_labelled, refuse_other_classes, videos_by_class
 from pretrain.neighbours import knn_shares
 
@@ -116,7 +116,7 @@ class Probed(NamedTuple):
 
 
 def probe(config: EncoderProbeConfig) -> dict[Kind, Probed]:
-    """Probes an encoder, and writes `evaluation.json` and `predictions.jsonl` of each probe to a folder of its own.
+    """Probes an encoder, and writes what an evaluation writes, and its configuration, to a folder for each probe.
 
     Every rank calls it; all share the computing of features, and rank 0 does the rest.
 
@@ -230,7 +230,9 @@ def fit_and_write(
         "seed": config.seed,
         **chosen,
     }
-    write_evaluation(config.out_folder / kind, evaluation, classes, record | circumstances(test, config.views))
+    out = config.out_folder / kind
+    write_evaluation(out, evaluation, classes, record | circumstances(test, config.views))
+    write_text(out / "config.yaml", to_yaml(dataclasses.replace(config, kind=kind)))
     return Probed(evaluation, chosen)
 
 

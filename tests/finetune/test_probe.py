@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from finetune import linear_probe
 from finetune.attentive_probe import attentive_logits
@@ -111,6 +112,7 @@ def test_each_probe_writes_what_an_evaluation_writes(pretrained, packed_shards, 
         right = sum(line["label"] == line.get("predicted") for line in lines)
         assert right / 6 == pytest.approx(found["top1"], abs=1e-4)
         assert (out / kind / "report.html").exists()
+        assert yaml.safe_load((out / kind / "config.yaml").read_text())["kind"] == kind
     fresh = [*command, "--untrained", "true", "--kind", "knn", "--out", str(tmp_path / "untrained")]
     assert main(fresh) == 0
     other = json.loads((tmp_path / "untrained/knn/evaluation.json").read_text())
