@@ -35,6 +35,7 @@ from pretrain.data.loader import Batch
 from pretrain.data.packed_clips import PackedBatch, PackedTrainingClips, grid_of_sample
 from pretrain.data.shards import ShardSet
 from pretrain.data.training_clips import TrainingClips
+from pretrain.engine.checks import Check
 from pretrain.engine.distributed import Processes
 from pretrain.engine.run import Run
 from pretrain.engine.saving import Exported, whole_weights
@@ -157,7 +158,10 @@ def finetune_in(processes: Processes, config: FinetuneConfig, inputs: Inputs) ->
         warn_of_lone_samples(shards)
         if not run.saved:
             logger.info(f"starting from {inputs.start}" if inputs.start else "training from scratch")
-        check = functools.partial(accuracy_on, held_out, config, description, run) if held_out else None
+        checks = []
+        if held_out:
+            measure = functools.partial(accuracy_on, held_out, config, description, run)
+            checks.append(Check("a validation", config.validation.every, measure))
         model = train(
             config,
             run,
@@ -166,8 +170,7 @@ def finetune_in(processes: Processes, config: FinetuneConfig, inputs: Inputs) ->
             inputs.classifier,
             inputs.clips,
             build_objective(config.mixing, config.data.clip, len(shards.classes), packed=bool(config.data.packing)),
-            validation=check,
-            validate_every=config.validation.every,
+            checks=checks,
             export=functools.partial(export_classifier, description, run),
             averaging=config.ema,
         )

@@ -26,6 +26,7 @@ USAGE = """tubelet COMMAND ...
   pretrain            train an encoder on shards, without labels
   finetune            train a classifier on labelled shards, from an encoder or from scratch
   evaluate            measure a classifier on labelled shards
+  probe               measure an encoder on labelled shards as it is: k-NN, linear and attentive probe
   compare RUN RUN ... set finetuning runs or evaluations on the same videos beside each other: one table and one page
   predict             name the most probable classes of video files and folders, as text or JSON
   doctor              check before a run starts, on this machine or on all nodes of a job, that it can
@@ -54,6 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         "pretrain": _pretrain,
         "finetune": _finetune,
         "evaluate": _evaluate,
+        "probe": _probe,
         "compare": _compare,
         "predict": _predict,
         "doctor": _doctor,
@@ -166,6 +168,26 @@ def _evaluate(arguments: list[str]) -> int:
             from finetune.evaluation_page import figures_table
 
             Console().print(figures_table(figures))
+
+    set_up_logging(main_process=launched_rank() == 0)
+    return run_command(command)
+
+
+def _probe(arguments: list[str]) -> int:
+    from pretrain.commandline import met_by_every_rank, parse_plain, run_command
+    from pretrain.engine.distributed import launched_rank
+    from pretrain.engine.progress import set_up_logging
+
+    def command() -> None:
+        from rich.console import Console
+
+        from finetune.probe import EncoderProbeConfig, probe, show
+
+        with met_by_every_rank():
+            config = parse_plain(EncoderProbeConfig, "probe", arguments)
+        found = probe(config)
+        if found:
+            show(config, found, Console(width=None if sys.stdout.isatty() else 120))
 
     set_up_logging(main_process=launched_rank() == 0)
     return run_command(command)

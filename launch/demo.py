@@ -24,7 +24,6 @@ from finetune.evaluate import EvaluateConfig, evaluate
 from finetune.evaluation_page import evaluation_sections
 from finetune.figures import Evaluation
 from finetune.finetuning import finetune
-from finetune.probe import features, knn_accuracy
 from launch.digits import MOTIONS, Split, write_videos
 from pretrain.commandline import parse
 from pretrain.config import PretrainConfig
@@ -32,8 +31,10 @@ from pretrain.data.pack import PackConfig, pack
 from pretrain.data.shards import ShardSet
 from pretrain.engine.tracking import read_metrics
 from pretrain.errors import Refused
+from pretrain.features import features
 from pretrain.files import write_json
 from pretrain.model.encoder import Encoder
+from pretrain.neighbours import knn_accuracy
 from pretrain.pretraining import pretrain
 from pretrain.report import RECONSTRUCTION_NOTE, Figure, Section, Table, curves, write_report
 from pretrain.weights import configs_from, encoder_from, load_encoder_weights, load_model_folder
@@ -83,6 +84,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     shards = {split: str(out / "shards" / split) for split in VIDEOS}
     options: dict[str, Any] = {"config": "demo", "out": out / "pretrain", "seed": config.seed}
     options |= {"data.shards": shards["unlabelled"], "validation.shards": shards["validation"]}
+    options |= {"probe.shards": shards["labelled"], "probe.asked": shards["validation"]}
     if config.steps is not None:
         options |= {"steps": config.steps, "optimizer.warmup_steps": config.steps // 10}
     pretraining = parse(PretrainConfig, "pretrain", _options(**options))
@@ -209,10 +211,12 @@ def write_demo_report(
     """Writes the demo's page."""
     gain = 100 * (summary["top1_pretrained"] - summary["top1_scratch"])
     metrics = read_metrics(out / "pretrain" / "metrics.jsonl")
-    steps = [entry["step"] for entry in metrics]
+    trained = [entry for entry in metrics if "loss" in entry]
     validated = [entry for entry in metrics if "validation_loss" in entry]
+    probed = [entry for entry in metrics if "probe_knn" in entry]
+    neighbours = {"k-NN": ([entry["step"] for entry in probed], [entry["probe_knn"] for entry in probed])}
     losses = {
-        "training": (steps, [entry["loss"] for entry in metrics]),
+        "training": ([entry["step"] for entry in trained], [entry["loss"] for entry in trained]),
         "held-out": ([entry["step"] for entry in validated], [entry["validation_loss"] for entry in validated]),
     }
     by_seed = zip(FINETUNING_SEEDS, summary["top1_pretrained_by_seed"], summary["top1_scratch_by_seed"], strict=True)
@@ -248,6 +252,11 @@ def write_demo_report(
                 "Curves",
                 parts=[
                     Figure(curves(losses, "Pretraining: reconstruction loss", "step", "loss")),
+                    Figure(
+                        curves(neighbours, "Pretraining: k-NN accuracy", "step", "share"),
+                        f"Validation videos whose neighbours among the {VIDEOS['labelled']} labelled ones are of their "
+                        f"class; step 0 is the encoder before training.",
+                    ),
                     Figure(
                         curves(_finetuning_losses(pretrained, scratch), "Finetuning: training loss", "step", "loss")
                     ),

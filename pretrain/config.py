@@ -90,7 +90,43 @@ class ValidationConfig:
 
     def chosen(self, samples: int) -> np.ndarray:
         """Returns the numbers of the samples that are used, ascending and spread evenly over a set of `samples`."""
-        return np.linspace(0, samples - 1, min(self.samples, samples)).astype(np.int64)
+        return spread_evenly(self.samples, samples)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeConfig:
+    """What the features of the encoder are worth while it is trained, and whether they collapse."""
+
+    shards: str | None = None
+    """Folder of labelled shards, or its URL; None probes nothing."""
+    asked: str | None = None
+    """Labelled shards whose videos ask those of probe.shards; by default each of those asks all others."""
+    every: int = 1000
+    """Steps between probes; the first is made before training."""
+    samples: int = 1024
+    """Videos of each set that are used, at most."""
+    stop_on_collapse: bool = False
+    """End the run, with exit code 3, when its features have collapsed; else only warn."""
+
+    def validate(self) -> None:
+        """Raises `Refused` for what cannot be."""
+        if self.every < 1:
+            raise Refused("probe.every: must be at least 1")
+        if self.samples < 2:
+            raise Refused("probe.samples: must be at least 2")
+        if self.shards is None and self.asked is not None:
+            raise Refused("probe.shards: is missing; give the labelled shards that probe.asked asks")
+        if self.shards is None and self.stop_on_collapse:
+            raise Refused("probe.shards: is missing; probe.stop_on_collapse needs labelled shards to look at")
+
+    def chosen(self, samples: int) -> np.ndarray:
+        """Returns the numbers of the videos that are used, ascending and spread evenly over a set of `samples`."""
+        return spread_evenly(self.samples, samples)
+
+
+def spread_evenly(wanted: int, samples: int) -> np.ndarray:
+    """Returns at most `wanted` of the numbers of `samples` samples, ascending and spread evenly."""
+    return np.linspace(0, samples - 1, min(wanted, samples)).astype(np.int64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,6 +252,8 @@ class PretrainConfig(RunConfig):
     """The decoder, which is thrown away."""
     mask: MaskConfig = dataclasses.field(default_factory=MaskConfig)
     """What the encoder does not see."""
+    probe: ProbeConfig = dataclasses.field(default_factory=ProbeConfig)
+    """Probe of the features, and the alarm that they collapse."""
 
     @property
     def grid(self) -> Grid:
@@ -231,3 +269,4 @@ class PretrainConfig(RunConfig):
         else:
             validate_packed(self.data, self.encoder, "encoder", self.mask)
         self.decoder.validate()
+        self.probe.validate()

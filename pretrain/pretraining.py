@@ -18,6 +18,7 @@ from pretrain.data.randomness import sample_key
 from pretrain.data.shards import ShardSet
 from pretrain.data.training_clips import TrainingClips
 from pretrain.data.views import HELD_OUT_SET, EvaluationViews, Views
+from pretrain.engine.checks import Check
 from pretrain.engine.distributed import Processes
 from pretrain.engine.run import Run
 from pretrain.engine.saving import Exported, whole_weights
@@ -43,6 +44,7 @@ from pretrain.pictures import (
     paint,
     visible_pixels,
 )
+from pretrain.probing import Prober, ProbeSets, open_probe_sets, probe_sections
 from pretrain.report import Figure, Section, write_report
 from pretrain.sets import RunSets, open_run_sets, save_division
 from pretrain.stage import (
@@ -80,6 +82,7 @@ class Inputs(NamedTuple):
         steps: Length of the run in steps.
         initial: The weights to start from and their folder, if any.
         clips: Cuts the training clips.
+        probed: The labelled sets of the probe, if there is one.
     """
 
     sets: RunSets
@@ -87,6 +90,7 @@ class Inputs(NamedTuple):
     steps: int
     initial: tuple[dict[str, Tensor], Path] | None
     clips: TrainingClips
+    probed: ProbeSets | None
 
 
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
@@ -111,18 +115,25 @@ def inputs_of(config: PretrainConfig) -> Inputs:
     order = order_of(config, *sets.training)
     steps = config.total_steps(order.steps_per_epoch)
     initial = initial_weights(config, config.init) if config.init else None
-    return Inputs(sets, order, steps, initial, training_clips(config, sets.training, sets.held_out))
+    clips = training_clips(config, sets.training, sets.held_out)
+    return Inputs(sets, order, steps, initial, clips, open_probe_sets(config))
 
 
 def hashes_of(inputs: Inputs) -> dict[str, str]:
     """Returns what must be the same on all nodes."""
     sets = inputs.sets
-    return fingerprints("data.shards", *sets.training) | fingerprints("validation.shards", sets.held_out)
+    known, asked = inputs.probed or (None, None)
+    return {
+        **fingerprints("data.shards", *sets.training),
+        **fingerprints("validation.shards", sets.held_out),
+        **fingerprints("probe.shards", known),
+        **fingerprints("probe.asked", asked),
+    }
 
 
 def pretrain_in(processes: Processes, config: PretrainConfig, inputs: Inputs) -> dict[str, Any]:
     """Pretrains in processes that have found each other; see `pretrain`."""
-    sets, order, steps, initial, clips = inputs
+    sets, order, steps, initial, clips, probed = inputs
     held_out = sets.held_out
     with open_stage(config, processes, "pretrain", order, sets.training, trained_fields(config)) as run:
         order, steps = going_on(config, order, run)
@@ -134,7 +145,12 @@ def pretrain_in(processes: Processes, config: PretrainConfig, inputs: Inputs) ->
         if initial and not run.saved:
             load_encoder_weights(autoencoder.encoder, *initial)
         loss_on = packed_reconstruction_loss_on if config.data.packing else reconstruction_loss_on
-        validation = functools.partial(loss_on, held_out, config, processes) if held_out else None
+        checks = []
+        if held_out:
+            measure = functools.partial(loss_on, held_out, config, processes)
+            checks.append(Check("a validation", config.validation.every, measure))
+        if probed:
+            checks.append(Prober(config, probed, run).check)
         model = train(
             config,
             run,
@@ -143,8 +159,7 @@ def pretrain_in(processes: Processes, config: PretrainConfig, inputs: Inputs) ->
             autoencoder,
             clips,
             build_objective(config, processes),
-            validation=validation,
-            validate_every=config.validation.every,
+            checks=checks,
             export=functools.partial(export_encoder, config, run),
         )
         done = max(run.first_step, steps)
@@ -342,13 +357,15 @@ def write_pretraining_report(
     note = PLAIN_RECONSTRUCTION_NOTE if config.decoder.targets == "pixels" else RECONSTRUCTION_NOTE
     if config.mask.as_shown().decoded < 1:
         note = f"{note} {UNDECODED_NOTE}"
+    metrics = read_metrics(out / METRICS)
     write_report(
         out / "report.html",
         title=f"Pretraining {out.name}",
         summary=f"A {config.encoder.variant} {config.encoder.name} encoder, {summary['steps']} steps.",
         headline=headline_of(summary),
         sections=[
-            Section("Curves", parts=curve_figures(read_metrics(out / METRICS))),
+            Section("Curves", parts=curve_figures(metrics)),
+            *probe_sections(metrics),
             Section("Reconstructions", note, [Figure(path) for path in strips or []]),
         ],
         facts={"command line": f"tubelet pretrain --config {out / 'config.yaml'}"},
@@ -360,6 +377,7 @@ def headline_of(summary: dict[str, Any]) -> list[tuple[str, str]]:
     figures = [
         ("loss", "training loss", "{:.4f}"),
         ("validation_loss", "held-out loss", "{:.4f}"),
+        ("probe_knn", "k-NN accuracy", "{:.1%}"),
         ("clips_per_second", "clips per second", "{:.1f}"),
     ]
     return [(text.format(summary[name]), label) for name, label, text in figures if summary.get(name) is not None]

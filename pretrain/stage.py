@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -25,6 +25,7 @@ from pretrain.data.subset import split_of
 from pretrain.data.training_clips import TrainingClips
 from pretrain.engine.averaging import AverageConfig, WeightAverage
 from pretrain.engine.checkpoint_size import checkpoint_bytes_of
+from pretrain.engine.checks import Check
 from pretrain.engine.compiler import refuse_divided_weights
 from pretrain.engine.distributed import Processes, launched_world
 from pretrain.engine.optimizer import build_optimizer, members_of_groups
@@ -35,13 +36,16 @@ from pretrain.engine.run import KEYS, SKIPPED, Run, open_run, refuse_other_group
 from pretrain.engine.saving import Export, write_export
 from pretrain.engine.schedule import build_schedule
 from pretrain.engine.tracking import METRICS, read_metrics
-from pretrain.engine.trainer import Objective, Trainer, Validation
+from pretrain.engine.trainer import Objective, Trainer
 from pretrain.errors import Refused
 from pretrain.identity import identity_of, overridden_fields
 from pretrain.model.blocks import recompute_activations
 from pretrain.report import Figure, curves
 
 logger = logging.getLogger(__name__)
+
+PROBED = ("probe_errors", "probe_knn", "probe_rank", "probe_deviation", "collapsed")
+"""The figures of a probe, under their names in the record."""
 
 
 def open_shards(
@@ -224,8 +228,7 @@ def train(
     model: nn.Module,
     clips: TrainingClips,
     objective: Objective,
-    validation: Validation | None,
-    validate_every: int,
+    checks: Sequence[Check],
     export: Export,
     averaging: AverageConfig | None = None,
 ) -> nn.Module:
@@ -239,11 +242,10 @@ def train(
         model: The model, with the weights to start from where there is no checkpoint.
         clips: Cuts the training clips.
         objective: Computes the loss of a batch.
-        validation: Computes figures on held-out samples; None validates nothing.
-        validate_every: Steps between validations.
+        checks: What is computed every so many steps, such as figures on held-out samples.
         export: Called by all ranks with the prepared model for each checkpoint, to export its weights; or with a model
             that has their average.
-        averaging: Whether the weights are averaged; validation, export and the returned model have the average then.
+        averaging: Whether the weights are averaged; checks, export and the returned model have the average then.
 
     Returns:
         The model, prepared for this world and trained.
@@ -280,7 +282,7 @@ def train(
         run.checkpoints.load(run.saved, model, optimizer)
     tracker = run.begin()
     trainer = Trainer(
-        plan_of(config, run, batch, steps, validate_every),
+        plan_of(config, run, batch, steps),
         processes,
         model,
         optimizer,
@@ -290,7 +292,7 @@ def train(
         tracker,
         run.out / SKIPPED,
         run.state,
-        validation,
+        checks,
         export,
         run.out / KEYS if config.log_keys else None,
         run.stop,
@@ -313,7 +315,7 @@ def _exporting_average(export: Export, average: WeightAverage) -> Export:
     return lambda _: export(average.model)
 
 
-def plan_of(config: RunConfig, run: Run, global_batch: int, steps: int, validate_every: int) -> Plan:
+def plan_of(config: RunConfig, run: Run, global_batch: int, steps: int) -> Plan:
     """Returns how long an open run is and when it does what; arguments as for `train`."""
     saved = run.saved.state if run.saved else {}
     return Plan(
@@ -328,7 +330,6 @@ def plan_of(config: RunConfig, run: Run, global_batch: int, steps: int, validate
         clip_grad=config.optimizer.clip_grad,
         log_every=config.log_every,
         checkpoint_every=config.checkpoint.every,
-        validate_every=validate_every,
         max_bad_share=config.data.max_bad_share,
         unvalidated=saved.get("unvalidated"),
         profile=steps_to_profile(config.profile),
@@ -353,6 +354,7 @@ def summarise(run: Run, steps: int) -> dict[str, Any]:
         "loss": last.get("loss"),
         "validation_loss": last.get("validation_loss"),
         "validation_errors": last.get("validation_errors"),
+        **{name: last.get(name) for name in PROBED},
         "clips_per_second": float(np.median(speeds)) if speeds else None,
         "data_wait_s": float(np.median(waits)) if waits else None,
         "memory_gib": last.get("memory_gib"),

@@ -47,6 +47,11 @@ class _Picture(NamedTuple):
     path: Path
 
 
+class _Alert(NamedTuple):
+    title: str
+    text: str
+
+
 class _End(NamedTuple):
     exit_code: int
 
@@ -75,7 +80,7 @@ class Mirror:
         """
         self._out, self._connection, self._config, self._stage, self._run_id = out, connection, config, stage, run_id
         self._missing = missing
-        self._waiting: queue.Queue[dict[str, Any] | _Picture | _End] = queue.Queue(WAITING_ENTRIES)
+        self._waiting: queue.Queue[dict[str, Any] | _Picture | _Alert | _End] = queue.Queue(WAITING_ENTRIES)
         self._over = False
         self._kept = ""
         self._thread = threading.Thread(target=self._follow, name="wandb", daemon=True)
@@ -88,6 +93,10 @@ class Mirror:
     def log_picture(self, step: int, name: str, path: Path) -> None:
         """Sends a picture file, as it is when its turn comes."""
         self._send(_Picture(step, name, path))
+
+    def alert(self, title: str, text: str) -> None:
+        """Sends an alert."""
+        self._send(_Alert(title, text))
 
     def finish(self, exit_code: int) -> None:
         """Ends the W&B run, waiting for uploads and for whatever else at most `END_WITHIN_S`."""
@@ -102,7 +111,7 @@ class Mirror:
             self._give_up(f"did not end within {END_WITHIN_S} s")
             self._thread.join(KILLED_WITHIN_S)
 
-    def _send(self, item: dict[str, Any] | _Picture | _End) -> None:
+    def _send(self, item: dict[str, Any] | _Picture | _Alert | _End) -> None:
         if self._over:
             return
         try:
@@ -138,6 +147,8 @@ class Mirror:
             while not isinstance(item := self._waiting.get(), _End):
                 if isinstance(item, _Picture):
                     _log_picture(run, item)
+                elif isinstance(item, _Alert):
+                    run.alert(item.title, item.text, level="WARN")
                 else:
                     run.log(item)
                     step = item["step"]
@@ -205,7 +216,7 @@ def missing_lines(out: Path, record: list[dict[str, Any]]) -> list[dict[str, Any
     try:
         noted = int(path.read_text())
     except (OSError, ValueError):
-        noted = 0
+        noted = -1  # not even what was logged before the first step
     if noted > _last_step(record):
         noted = _last_step(record)
         note_mirrored(out, noted)

@@ -20,9 +20,8 @@ class Plan:
         clip_grad: Greatest gradient norm, or None.
         log_every: Steps between lines of `metrics.jsonl`.
         checkpoint_every: Steps between checkpoints.
-        validate_every: Steps between validations; 0 for never.
         max_bad_share: Share of bad samples past which the run stops.
-        unvalidated: Figures of the last step done, where the attempt before was stopped in the validation of that step.
+        unvalidated: Figures of the last step done, where the attempt before was stopped in the checks of that step.
         profile: Steps that are traced, counted from 1; None traces none.
     """
 
@@ -37,7 +36,6 @@ class Plan:
     clip_grad: float | None
     log_every: int
     checkpoint_every: int
-    validate_every: int
     max_bad_share: float
     unvalidated: dict[str, Any] | None = None
     profile: range | None = None

@@ -98,6 +98,11 @@ class Tracker:
         if self._mirror:
             self._mirror.log_picture(step, name, path)
 
+    def alert(self, title: str, text: str) -> None:
+        """Sends an alert to W&B, which mails it to who wants that."""
+        if self._mirror:
+            self._mirror.alert(title, text)
+
     def finish(self, exit_code: int = 0) -> None:
         """Ends the W&B run, within a bounded time (see `mirror.py`); what was not uploaded stays on disk."""
         mirror, self._mirror = self._mirror, None

@@ -11,7 +11,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pretrain.engine.averaging import WeightAverage
 from pretrain.engine.checkpoint import Checkpoints
+from pretrain.engine.checks import Check, Figures
 from pretrain.engine.distributed import Processes
 from pretrain.engine.feeding import begin_reading, on_device
 from pretrain.engine.plan import Plan
@@ -42,9 +43,6 @@ FEW_SAMPLES = 10  # bad samples that are always forgiven, so that the share mean
 Objective = Callable[[nn.Module, Any], Tensor]
 """From the prepared model and a batch on the device to the mean loss of its clips."""
 
-Validation = Callable[[nn.Module], dict[str, float]]
-"""Called by all ranks with the prepared model; returns what to log."""
-
 
 class _StepRecord(NamedTuple):
     """What is known of a step when the next one starts; the loss may still be on its way from the device."""
@@ -58,7 +56,7 @@ class _StepRecord(NamedTuple):
     keys: list[str]
     skipped: list[dict]
     costs: list[float]
-    metrics: dict[str, float] | None  # None where a validation is due that the next attempt will make
+    metrics: Figures | None  # None where a check is due that the next attempt will make
 
 
 class Trainer:
@@ -75,7 +73,7 @@ class Trainer:
         tracker: Writes metrics.
         skipped_path: File to which rank 0 appends the samples passed over; it holds those of the steps before.
         state: What checkpoints note beside the weights.
-        validation: Computes figures on held-out samples.
+        checks: What is computed every so many steps.
         export: Returns what is exported after each checkpoint.
         keys_path: File to which rank 0 appends the keys of each step's samples; None writes none.
         stop: Knows whether this rank was told to stop.
@@ -95,7 +93,7 @@ class Trainer:
         tracker: Tracker,
         skipped_path: Path,
         state: dict[str, Any],
-        validation: Validation | None = None,
+        checks: Sequence[Check] = (),
         export: Export | None = None,
         keys_path: Path | None = None,
         stop: StopRequests | None = None,
@@ -113,7 +111,7 @@ class Trainer:
         self.tracker = tracker
         self.skipped_path = skipped_path
         self.state = state
-        self.validation = validation
+        self.checks = checks
         self.keys_path = keys_path
         self.average = average
         self.stop = stop or StopRequests()
@@ -135,7 +133,8 @@ class Trainer:
             description: Stands before the progress bar.
 
         Raises:
-            StoppedByRule: A loss or a weight was not finite, or too many samples could not be decoded.
+            StoppedByRule: A loss or a weight was not finite, too many samples could not be decoded, or a check found
+                that the run is worth no more steps.
             DiskFull: No space is left for the record or for a checkpoint.
             Preempted: A signal or a limit of time ended the run; the steps done are saved.
         """
@@ -153,26 +152,32 @@ class Trainer:
                     self._settle(previous, progress)
                 previous = record
                 done = step + 1
-                validates = self._is_due(done, plan.validate_every)
-                if validates or self._cause or self._is_due(done, plan.checkpoint_every):
-                    if validates and self.validation:
-                        previous = previous._replace(metrics=self._validate_unless_stopped(self.validation))
-                    self._settle(previous, progress)
+                checks = self._checks_due(done)
+                if checks or self._cause or self._is_due(done, plan.checkpoint_every):
+                    figures = self._measure_unless_stopped(checks)
+                    self._settle(previous._replace(metrics=figures), progress)
                     previous = None
+                    self._judge(checks, done, figures)
                     self._save_if_due(done)
                     self._seconds_since_last()
                 self.watchdog.expect(f"step {done + 1}")
 
     def _begin(self) -> None:
-        """Ends here if the run was told to stop before; else makes the validation that the last attempt owed."""
+        """Ends here if the run was told to stop before; else makes the checks that are due before the next step.
+
+        Those are the ones before the first step, or those that the last attempt owed.
+        """
         plan = self.plan
         cause = self.stop.agreed(self.processes)
         if cause:
             saved = f"after step {plan.first_step}, which is saved" if plan.first_step else "before its first step"
             raise cause.error(saved)
-        if plan.unvalidated is not None:
-            figures = plan.unvalidated | (self._validate(self.validation) if self.validation else {})
+        checks = self._checks_due(plan.first_step)
+        if plan.unvalidated is not None or (plan.first_step == 0 and checks):
+            measured = self._measure(checks)
+            figures = (plan.unvalidated or {}) | measured
             self._write(lambda: self.tracker.log(plan.first_step, figures))
+            self._judge(checks, plan.first_step, measured)
         self._seconds_since_last()
 
     def _save_if_due(self, done: int) -> None:
@@ -354,26 +359,40 @@ class Trainer:
         keys = [key for part in self.processes.gather_objects(record.keys) for key in part]
         self._write(lambda: append_json_lines(path, [{"step": record.step + 1, "keys": keys}]))
 
-    def _validate_unless_stopped(self, validation: Validation) -> dict[str, float] | None:
-        """Returns the figures on held-out samples, or None where the run was told to stop instead."""
+    def _checks_due(self, done: int) -> list[Check]:
+        return [check for check in self.checks if check.is_due(done, self.plan.steps)]
+
+    def _measure_unless_stopped(self, checks: list[Check]) -> Figures | None:
+        """Returns the figures of checks, or None where there are some and the run was told to stop instead."""
+        if not checks:
+            return {}
         if self._cause:
             return None
         try:
-            return self._validate(validation)
+            return self._measure(checks)
         except Preempted:
             return None
 
-    def _validate(self, validation: Validation) -> dict[str, float]:
-        """Returns the figures on held-out samples; raises `Preempted` once the run is told to stop."""
-        self.watchdog.expect("a validation", slow=True)
+    def _measure(self, checks: list[Check]) -> Figures:
+        """Returns the figures of checks; raises `Preempted` once the run is told to stop."""
+        first = self.plan.first_step
+        saved = f"after step {first}, which is saved" if first else "before its first step"
         self.model.eval()
-        saved = f"after step {self.plan.first_step}, which is saved"
         hook = self.stop.abandon_forward(self.model, self.processes, saved)
+        figures: Figures = {}
         try:
             with torch.no_grad(), self.average.shown_by(self.model) if self.average else contextlib.nullcontext():
-                return validation(self.model)
+                for check in checks:
+                    self.watchdog.expect(check.name, slow=True)
+                    figures |= check.measure(self.model)
         finally:
             hook.remove()
+        return figures
+
+    def _judge(self, checks: list[Check], done: int, figures: Figures | None) -> None:
+        """Ends the run where a check finds that it is worth no more steps; no judgement without figures."""
+        for check in checks if figures is not None else ():
+            check.judge(done, figures or {})
 
 
 def seed_draws(seed: int, step: int, rank: int, micro_batch: int) -> None:

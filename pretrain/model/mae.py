@@ -97,14 +97,18 @@ class MaskedAutoencoder(nn.Module):
             part.apply(initialise)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
-    def forward(self, clips: Tensor, visible: Tensor, masked: Tensor) -> Reconstruction:
-        """Reconstructs masked tubelets from visible ones.
+    def forward(
+        self, clips: Tensor, visible: Tensor | None = None, masked: Tensor | None = None
+    ) -> Reconstruction | Encoded:
+        """Reconstructs masked tubelets from visible ones, or encodes whole clips.
 
         Args:
             clips: `(B, T, H, W, C)` uint8.
-            visible: `(B, Nv)` ascending numbers of the tokens that the encoder sees.
-            masked: `(B, Nm)` ascending numbers of the tokens to reconstruct.
+            visible: `(B, Nv)` ascending numbers of the tokens that the encoder sees; None for what it makes of all.
+            masked: `(B, Nm)` ascending numbers of the tokens to reconstruct; None where `visible` is.
         """
+        if visible is None or masked is None:
+            return self.encoder(clips)
         prediction = self.decode(self.encoder(clips, visible, self.visible_slots), visible, masked)
         error = functional.mse_loss(prediction.float(), self.targets(clips, masked), reduction="none")
         return Reconstruction(error.mean((1, 2)), prediction)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pretrain.errors import Refused
 from pretrain.model.attention import block_diagonal
-from pretrain.model.encoder import Encoder, EncoderConfig
+from pretrain.model.encoder import Encoded, Encoder, EncoderConfig
 from pretrain.model.encoders import JointEncoder
 from pretrain.model.mae import MaskedAutoencoder
 from pretrain.model.masking import MaskConfig, draw_mask, mask_counts
@@ -54,14 +54,18 @@ class PackedReconstruction(NamedTuple):
 class PackedMaskedAutoencoder(MaskedAutoencoder):
     """A masked autoencoder of packed clips; its parameters are those of `MaskedAutoencoder`."""
 
-    def forward(self, visible: PackedTokens, decoded: PackedTokens) -> PackedReconstruction:  # type: ignore[override]
-        """Reconstructs masked tubelets from the visible ones of their own clips.
+    def forward(  # type: ignore[override]
+        self, visible: PackedTokens, decoded: PackedTokens | None = None
+    ) -> PackedReconstruction | Encoded:
+        """Reconstructs masked tubelets from the visible ones of their own clips, or encodes clips.
 
         Args:
             visible: What the encoder sees, K = L places; every clip has a token here.
-            decoded: What the decoder reconstructs, K = M places.
+            decoded: What the decoder reconstructs, K = M places; None for what the encoder makes of what it sees.
         """
         encoded = encode_packed(self.encoder, visible)
+        if decoded is None:
+            return Encoded(encoded)
         context = self.decoder_embedding(encoded) + self.decoder_positions.at(visible.coordinates)
         mask_tokens = self.mask_token.expand(*decoded.segments.shape, -1)
         asked = mask_tokens + self.decoder_positions.at(decoded.coordinates)

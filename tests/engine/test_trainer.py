@@ -23,6 +23,7 @@ from pretrain.data.shards import ShardSet
 from pretrain.data.training_clips import Costs
 from pretrain.engine.checkpoint import CheckpointConfig, Checkpoints, engine_kind
 from pretrain.engine.checkpoint_search import find_checkpoint, step_folders
+from pretrain.engine.checks import Check
 from pretrain.engine.distributed import Processes
 from pretrain.engine.optimizer import OptimizerConfig
 from pretrain.engine.ownership import RunLock
@@ -118,7 +119,6 @@ def trainer_of(
         clip_grad=None,
         log_every=1,
         checkpoint_every=checkpoint_every,
-        validate_every=0,
         max_bad_share=1.0,
     )
     layer = torch.nn.Linear(2, 2)
@@ -302,9 +302,9 @@ def test_a_signal_in_a_validation_abandons_it_saves_and_the_next_attempt_owes_it
 
     def trained(first_step: int, unvalidated: dict | None) -> Trainer:
         trainer = trainer_of(tmp_path, processes, lambda model, batch: model(batch.clips).sum(), checkpoint_every=3)
-        lengths = {"first_step": first_step, "validate_every": 2, "unvalidated": unvalidated}
+        lengths = {"first_step": first_step, "unvalidated": unvalidated}
         trainer.plan = dataclasses.replace(trainer.plan, **lengths)
-        trainer.validation = validation
+        trainer.checks = [Check("a validation", 2, validation)]
         return trainer
 
     with Processes() as processes:
@@ -321,3 +321,33 @@ def test_a_signal_in_a_validation_abandons_it_saves_and_the_next_attempt_owes_it
     assert [(entry["step"], entry.get("validation_loss")) for entry in entries] == [(1, None), (2, 0.5), (3, 0.5)]
     assert entries[1].keys() == entries[2].keys()
     assert find_checkpoint(tmp_path / "checkpoints", "auto").state["unvalidated"] is None
+
+
+def test_a_check_before_training_is_logged_as_step_0_and_a_signal_in_it_leaves_nothing(tmp_path):
+    def trained(out: Path, measure) -> Trainer:
+        out.mkdir()
+        trainer = trainer_of(out, processes, lambda model, batch: model(batch.clips).sum())
+        trainer.checks = [Check("a probe", 2, measure, before_training=True, judge=lambda *told: judged.append(told))]
+        return trainer
+
+    def measure(model) -> dict[str, float]:
+        assert not model.training
+        return {"probe_knn": model(torch.zeros(1, 2)).sum().item() * 0}
+
+    def stopped(model) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        while not trainer.stop.code:
+            time.sleep(0.001)
+        return measure(model)
+
+    judged: list[tuple] = []
+    with Processes() as processes:
+        trained(tmp_path / "whole", measure).train(batches([]), "test")
+        trainer = trained(tmp_path / "stopped", stopped)
+        with trainer.stop, pytest.raises(Preempted, match="ended before its first step"):
+            trainer.train(batches([]), "test")
+    entries = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    assert [entry["step"] for entry in entries] == [0, 1, 2, 3]
+    assert [entry.get("probe_knn") for entry in entries] == [0.0, None, 0.0, 0.0]
+    assert judged == [(step, {"probe_knn": 0.0}) for step in (0, 2, 3)]
+    assert not (tmp_path / "stopped" / "metrics.jsonl").exists()

@@ -24,9 +24,12 @@ def test_the_demo_goes_from_videos_to_a_page(small, tmp_path):
     assert len(summary["top1_pretrained_by_seed"]) == len(summary["top1_scratch_by_seed"]) == 1
     for name in ("top1_pretrained", "top1_scratch", "knn_pretrained", "knn_untrained"):
         assert 0 <= summary[name] <= 1
-    assert [entry["step"] for entry in read_metrics(out / "pretrain" / "metrics.jsonl")][-1] == 4
+    metrics = read_metrics(out / "pretrain" / "metrics.jsonl")
+    assert [entry["step"] for entry in metrics][-1] == 4
+    assert [entry["step"] for entry in metrics if "probe_knn" in entry] == [0, 4]
     page = (out / "report.html").read_text()
     assert f"{100 * summary['top1_pretrained']:.1f} %" in page
+    assert "Pretraining: k-NN accuracy" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert not (out / "videos").exists()
 
