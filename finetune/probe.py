@@ -53,6 +53,10 @@ class EncoderProbeConfig:
     """Folder of labelled shards that the probes learn from, or its URL."""
     test: str
     """Folder of labelled shards that they are tested on, or its URL."""
+    train_split: str | None = None
+    """Split of `train`: a name that `tubelet pack --split all` noted, or a file with one key a line; None is all."""
+    test_split: str | None = None
+    """Split of `test`, likewise."""
     kind: Literal["knn", "linear", "attentive", "all"] = "all"
     """Which probe."""
     untrained: bool = False
@@ -163,8 +167,8 @@ def probe(config: EncoderProbeConfig) -> dict[Kind, Probed]:
 
 def open_sets_of_probe(config: EncoderProbeConfig, frozen: FrozenEncoder) -> tuple[ShardSet, ShardSet]:
     """Opens the training and the test set; raises `Refused` where nothing can be learned from them."""
-    train = open_labelled("train", config.train, frozen.clip, config.cache, least=2)
-    test = open_labelled("test", config.test, frozen.clip, config.cache)
+    train = open_labelled("train", config.train, frozen.clip, config.cache, least=2, split=config.train_split)
+    test = open_labelled("test", config.test, frozen.clip, config.cache, split=config.test_split)
     refuse_other_classes("test", test, "train", train)
     counts = videos_by_class(train)
     if (counts > 0).sum() < 2:
@@ -229,6 +233,7 @@ def fit_and_write(
         "untrained": config.untrained,
         "encoder_sha256": frozen.sha256,
         "train": str(train.folder),
+        "train_split": train.split,
         "train_fingerprint": train.fingerprint,
         "seed": config.seed,
         **chosen,

@@ -9,8 +9,10 @@ from pretrain.errors import Refused
 from pretrain.stage import open_shards
 
 
-def open_labelled(field: str, path: str, clip: ClipConfig, cache: CacheConfig, least: int = 1) -> ShardSet:
-    """Opens a labelled set.
+def open_labelled(
+    field: str, path: str, clip: ClipConfig, cache: CacheConfig, least: int = 1, split: str | None = None
+) -> ShardSet:
+    """Opens a labelled set, or a split of it.
 
     Args:
         field: The field that names it.
@@ -18,11 +20,12 @@ def open_labelled(field: str, path: str, clip: ClipConfig, cache: CacheConfig, l
         clip: The clips that are cut from it.
         cache: Where shards from a URL are kept.
         least: Fewest videos that it may hold.
+        split: The split, as `split_of` takes it; None is the whole set.
 
     Raises:
         Refused: It cannot be opened, has no labels, or too few videos.
     """
-    shards = open_shards(field, path, clip, cache)
+    shards = open_shards(field, path, clip, cache, split)
     if shards.samples < least:
         raise Refused(f"{field}: {shards.folder} holds {shards.samples} videos, too few for a probe; pack more")
     if not shards.labelled:

@@ -54,7 +54,8 @@ def open_shards(
     """Opens a set of shards, or a split of it, to cut clips from.
 
     Args:
-        field: The field that names the set, such as `data.shards`; the field of its split ends in `split` instead.
+        field: The field that names the set, such as `data.shards`; the field of its split is called alike, such as
+            `data.split`, or `train_split` beside `train`.
         path: The set's folder or URL.
         clip: The clips.
         cache: Where shards from a URL are kept.
@@ -76,7 +77,8 @@ def open_shards(
     try:
         return split_of(shards, split)
     except Refused as error:
-        raise Refused(f"{field.removesuffix('shards')}split: {error}") from error
+        named = f"{field.removesuffix('shards')}split" if field.endswith("shards") else f"{field}_split"
+        raise Refused(f"{named}: {error}") from error
 
 
 def refuse_stride_on_resampled(field: str, shards: ShardSet, clip: ClipConfig) -> None:

@@ -11,7 +11,7 @@ from pretrain.commandline import parse
 from pretrain.config import PretrainConfig
 from pretrain.data.pack import PackConfig, pack
 from pretrain.data.shards import ShardSet
-from pretrain.engine.checkpoint import find_checkpoint
+from pretrain.engine.checkpoint_search import find_checkpoint
 from pretrain.engine.tracking import read_metrics
 from pretrain.probing import open_probe_sets
 from tests.runs import tiny_pretraining

@@ -26,7 +26,7 @@ from finetune.finetuning import finetune
 from launch.demo import VIDEOS, DemoConfig, make_shards
 from pretrain.commandline import parse
 from pretrain.config import PretrainConfig
-from pretrain.engine.checkpoint import step_folders
+from pretrain.engine.checkpoint_search import step_folders
 from pretrain.engine.progress import set_up_logging
 from pretrain.engine.tracking import read_metrics
 from pretrain.files import write_json
