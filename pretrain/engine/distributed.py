@@ -203,7 +203,7 @@ class Processes:
             return self.on_main_only(lambda: future.result() if future else None)
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
-        """Wraps model and optimiser for this world; raises `TubeletError` if DeepSpeed sees another, or the network."""
+        """Wraps model and optimiser for this world; `TubeletError` if DeepSpeed sees another or the network fails."""
         with network_told():  # NCCL first speaks here
             model, optimizer = self.accelerator.prepare(model, optimizer)
         if self.uses_deepspeed and torch.distributed.get_world_size() != self.world:
