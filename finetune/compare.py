@@ -18,7 +18,8 @@ from finetune.figures import ACCURACIES, DRAWS, percentile_interval, wilson_inte
 from finetune.run_results import RunResult, read_result
 from pretrain.errors import Refused
 
-Video = tuple[tuple[str, ...], tuple[str, ...]]
+PARTS_OF_RUNS = ("evaluation", "model")
+Videos = tuple[tuple[str, ...], tuple[str, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,10 +89,10 @@ def compare(groups: Sequence[tuple[str, Sequence[str]]]) -> Comparison:
 
 
 def names_of(folders: Sequence[str]) -> list[str]:
-    """Returns short names of runs: the last parts of their paths that tell them apart."""
+    """Returns short names of runs: the last parts of their paths that tell them apart, and what they belong to."""
     parts = [Path(folder).resolve().parts for folder in folders]
     for length in range(1, max(map(len, parts), default=0) + 1):
-        names = ["/".join(one[-length:]) for one in parts]
+        names = ["/".join(one[-length - (one[-1] in PARTS_OF_RUNS) :]) for one in parts]
         if len(set(names)) == len(names):
             return names
     return list(folders)
@@ -167,13 +168,13 @@ def accuracy_of(run: RunResult, figure: str) -> float:
     return float((run.near if figure == "top5" else run.right).mean())
 
 
-def _videos(run: RunResult) -> Video:
+def _videos(run: RunResult) -> Videos:
     return run.keys, tuple(run.labels.tolist())
 
 
 def _refuse_wrong_groups(groups: Sequence[tuple[str, Sequence[str]]]) -> None:
     if len(groups) < 2:
-        raise Refused("tubelet compare: needs two runs or groups at least; give more, or see tubelet compare --help")
+        raise Refused("RUN: two runs or groups are needed at least; give more, or see tubelet compare --help")
     names = [name for name, _ in groups]
     for name, folders in groups:
         if names.count(name) > 1:
@@ -188,9 +189,9 @@ def _refuse_wrong_groups(groups: Sequence[tuple[str, Sequence[str]]]) -> None:
 def _refuse_other_videos(first: Group, other: Group) -> None:
     """Raises `Refused` unless two groups were evaluated on the same sets, each by the same share of their runs."""
     for one, another in ((first, other), (other, first)):
-        known = {_videos(run) for run in another.runs}
+        seen = {_videos(run) for run in another.runs}
         for run in one.runs:
-            if _videos(run) not in known:
+            if _videos(run) not in seen:
                 raise Refused(
                     f"{run.folder}: was evaluated on {set_text(run)}, and no run of {another.name} was, but on "
                     f"{set_text(another.runs[0])}; evaluate them on the same videos"

@@ -8,7 +8,7 @@ from rich.table import Table as TerminalTable
 
 from finetune.compare import Compared, Comparison, Group, set_text
 from finetune.evaluation_page import interval_text, percent
-from finetune.figures import ACCURACIES
+from finetune.figures import ACCURACIES, telling_accuracies
 from finetune.output import make_writable, writing_to
 from pretrain.files import write_json
 from pretrain.report import Figure, Section, Table, intervals, write_report
@@ -78,13 +78,14 @@ def write_comparison(out: Path, comparison: Comparison) -> Path:
 def _contents(comparison: Comparison) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
     """Returns title, header and rows of the three tables."""
     names = tuple(group.name for group in comparison.groups)
-    titles = tuple(ACCURACIES.values())
+    accuracies = _accuracies(comparison)
+    titles = tuple(accuracies.values())
     figures = [
-        (group.name, str(len(group.runs)), *(_figure_text(row[name]) for name in ACCURACIES))
+        (group.name, str(len(group.runs)), *(_figure_text(row[name]) for name in accuracies))
         for group, row in zip(comparison.groups, comparison.figures, strict=True)
     ]
     differences = [
-        (name, *(_difference_text(row[figure]) for figure in ACCURACIES))
+        (name, *(_difference_text(row[figure]) for figure in accuracies))
         for name, row in zip(names[1:], comparison.differences, strict=True)
     ]
     settings = [(name, *map(_values_text, values)) for name, values in comparison.settings.items()]
@@ -93,6 +94,10 @@ def _contents(comparison: Comparison) -> list[tuple[str, tuple[str, ...], list[t
         (f"Differences to {names[0]}, in points", ("", *titles), differences),
         ("Settings", ("", *names), settings),
     ]
+
+
+def _accuracies(comparison: Comparison) -> dict[str, str]:
+    return telling_accuracies(max(run.classes for group in comparison.groups for run in group.runs))
 
 
 def _runs(comparison: Comparison) -> list[tuple[str, str, str]]:

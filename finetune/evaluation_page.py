@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table as TerminalTable
 
-from finetune.figures import ACCURACIES, BINS, INTERVAL, Evaluation, reliability
+from finetune.figures import BINS, INTERVAL, Evaluation, reliability, telling_accuracies
 from finetune.output import writing_to
 from pretrain.engine.tracking import METRICS, read_metrics
 from pretrain.files import write_json, write_text
@@ -79,7 +79,7 @@ def headline(figures: dict[str, Any]) -> list[tuple[str, str]]:
     """Returns the accuracies for the top of a page, the one that counts most at the end."""
     return [
         (percent(figures[name]), f"{title}, {interval_text(figures[name + INTERVAL])}")
-        for name, title in reversed(ACCURACIES.items())
+        for name, title in reversed(telling_accuracies(figures["classes"]).items())
     ]
 
 
@@ -105,7 +105,7 @@ def figures_table(figures: dict[str, Any]) -> TerminalTable:
     table = TerminalTable(title=f"{figures['samples']} videos, {figures['errors']} of them not decodable")
     for name in ("figure", "value", "95 % interval"):
         table.add_column(name, justify="left" if name == "figure" else "right", no_wrap=True)
-    for name, title in ACCURACIES.items():
+    for name, title in telling_accuracies(figures["classes"]).items():
         table.add_row(title, percent(figures[name]), interval_text(figures[name + INTERVAL]))
     if figures["calibration_error"] is not None:
         table.add_row("calibration error", percent(figures["calibration_error"]), "")
@@ -137,7 +137,8 @@ def evaluation_sections(
 
 def _figures_part(figures: dict[str, Any]) -> Table:
     rows = [
-        (title, percent(figures[name]), interval_text(figures[name + INTERVAL])) for name, title in ACCURACIES.items()
+        (title, percent(figures[name]), interval_text(figures[name + INTERVAL]))
+        for name, title in telling_accuracies(figures["classes"]).items()
     ]
     caption = INTERVALS_NOTE + (" Videos that could not be decoded count as wrong." if figures["errors"] else "")
     return Table(("accuracy", "value", "95 % interval"), rows, caption, wide=False)

@@ -55,8 +55,8 @@ class Evaluation:
 
     Attributes:
         figures: `top1`, `top5`, `mean_class_accuracy` as shares, each with its 95 % interval, such as `top1_interval`;
-            over the decoded videos `calibration_error` and `negative_log_likelihood`, None where there are none;
-            `samples`, and `errors`, the videos that could not be decoded, which count as wrong.
+            over the decoded videos `calibration_error` and `negative_log_likelihood`, None where there are none; the
+            numbers of `classes` and `samples`, and of `errors`: videos that could not be decoded and count as wrong.
         confusion: `(K, K)` counts of the decoded videos; rows are true classes.
         videos: `(K,)` counts of all videos of each class, those included that could not be decoded.
         samples: The sample numbers of all videos.
@@ -86,7 +86,8 @@ def figures_of(seen: Sequence[VideoLogits], classes: tuple[str, ...]) -> Evaluat
     count = len(classes)
     decoded = [one for one in seen if one.logits is not None]
     videos = np.bincount([one.label for one in seen], minlength=count)
-    logits = torch.from_numpy(np.stack([one.logits for one in decoded])) if decoded else torch.zeros(0, count)
+    rows = [one.logits for one in seen if one.logits is not None]
+    logits = torch.from_numpy(np.stack(rows)) if rows else torch.zeros(0, count)
     _stop_if_not_finite(logits, decoded)
     labels = torch.tensor([one.label for one in decoded], dtype=torch.int64)
     ranking = logits.sort(dim=1, descending=True, stable=True).indices[:, :TOP]
@@ -99,16 +100,22 @@ def figures_of(seen: Sequence[VideoLogits], classes: tuple[str, ...]) -> Evaluat
         "mean_class_accuracy": float((confusion.diagonal()[videos > 0] / videos[videos > 0]).mean()),
         "mean_class_accuracy" + INTERVAL: class_mean_interval(confusion.diagonal(), videos),
         **_figures_of_probabilities(logits, labels),
+        "classes": count,
         "samples": len(seen),
         "errors": len(seen) - len(decoded),
     }
-    rows = zip(ranking.tolist(), logits.double().softmax(1).tolist(), strict=True)
+    ranked = zip(ranking.tolist(), logits.double().softmax(1).tolist(), strict=True)
     predictions = [
         {"key": one.key, "label": classes[one.label]}
-        | ({"error": one.error} if one.logits is None else _prediction(*next(rows), one.label, classes))
+        | ({"error": one.error} if one.logits is None else _prediction(*next(ranked), one.label, classes))
         for one in seen
     ]
     return Evaluation(figures, confusion, videos, [one.sample for one in seen], predictions)
+
+
+def telling_accuracies(classes: int) -> dict[str, str]:
+    """Returns the accuracies to show, and what they are called; of five classes or fewer the best five tell nothing."""
+    return {name: title for name, title in ACCURACIES.items() if name != "top5" or classes > TOP}
 
 
 def _figures_of_probabilities(logits: Tensor, labels: Tensor) -> dict[str, float | None]:

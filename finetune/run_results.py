@@ -14,7 +14,7 @@ from finetune.figures import TOP
 from pretrain.errors import Refused
 
 NOT_SETTINGS = ("out",)
-RECORDED = ("samples", "shards", "fingerprint")
+RECORDED = ("classes", "samples", "shards", "fingerprint", "views")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +25,7 @@ class RunResult:
         folder: Where it was read.
         shards: The set's folder or URL.
         fingerprint: The set's fingerprint.
+        classes: The number of the model's classes.
         keys: The keys of its videos, sorted; all else follows their order.
         labels: `(videos,)` names of the true classes.
         right: `(videos,)` whether the most probable class is the true one.
@@ -35,6 +36,7 @@ class RunResult:
     folder: Path
     shards: str
     fingerprint: str
+    classes: int
     keys: tuple[str, ...]
     labels: np.ndarray
     right: np.ndarray
@@ -68,16 +70,23 @@ def read_result(folder: str | Path) -> RunResult:
         folder=run,
         shards=record["shards"],
         fingerprint=record["fingerprint"],
+        classes=record["classes"],
         keys=tuple(one["key"] for one in predictions),
         labels=np.array([one["label"] for one in predictions]),
         right=np.array([one.get("predicted") == one["label"] for one in predictions]),
         near=np.array([one["label"] in _most_probable(one) for one in predictions]),
-        settings=_read_settings(place) | {"evaluated on": f"{record['shards']} ({record['fingerprint'][:12]})"},
+        settings=_read_settings(place) | _evaluated_on(record),
     )
 
 
 def _most_probable(prediction: dict[str, Any]) -> list[str]:
     return [one["class"] for one in prediction.get("most_probable", [])][:TOP]
+
+
+def _evaluated_on(record: dict[str, Any]) -> dict[str, Any]:
+    """Returns the videos and views of an evaluation as settings, which take the place of the run's own."""
+    views = {f"views.{name}": value for name, value in record["views"].items()}
+    return views | {"evaluated on": f"{record['shards']} ({record['fingerprint'][:12]})"}
 
 
 def _read_record(file: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pretrain.pictures import FRAMES_SHOWN, filmstrip, paint, visible_pixels
+from pretrain.pictures import FRAMES_SHOWN, filmstrip, frame_sheet, paint, visible_pixels
 
 
 @st.composite
@@ -115,3 +115,12 @@ def test_a_filmstrip_of_any_clip_has_at_most_sixteen_frames_of_a_size_to_see(fra
     strip = filmstrip(clip, np.ones(clip.shape[:3], dtype=bool), clip)
     assert isinstance(strip, Image.Image)
     assert 100 <= (strip.width + 4) / columns - 4 <= 192
+
+
+@pytest.mark.parametrize(("frames", "columns", "rows"), [(1, 1, 1), (3, 3, 1), (8, 4, 2), (64, 4, 2)])
+def test_a_sheet_shows_first_and_last_frame_and_at_most_eight_in_two_rows(frames, columns, rows):
+    clip = np.repeat(np.arange(frames, dtype=np.uint8), 32 * 32 * 3).reshape(frames, 32, 32, 3)
+    sheet = frame_sheet(clip)
+    assert sheet.size == (columns * 132 - 4, rows * 132 - 4)
+    assert sheet.getpixel((0, 0)) == (0, 0, 0)
+    assert sheet.getpixel((sheet.width - 1, sheet.height - 1)) == (frames - 1,) * 3

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pretrain.report import Figure, Section, Table, confusion_matrix, curves, write_report
+from pretrain.report import (
+    Figure,
+    Section,
+    Table,
+    confusion_matrix,
+    curves,
+    intervals,
+    reliability_diagram,
+    write_report,
+)
 
 VOID = {"meta", "img", "br", "link"}
 HOSTILE = '<script>alert("x")</script> & "$y$"'
@@ -188,3 +197,36 @@ def test_a_confusion_matrix_takes_long_and_foreign_names():
     assert "x" * 21 + "…" in drawing
     assert "泳ぐ" in drawing
     assert "x" * 30 not in drawing
+
+
+@pytest.mark.parametrize("bins", [0, 1, 15])
+def test_a_reliability_diagram_has_a_point_for_each_bin(bins):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawing = reliability_diagram(np.linspace(0.1, 0.9, bins), np.linspace(0.2, 1, bins), range(1, bins + 1))
+    assert drawing.count("opacity: 0.85") >= bins
+    assert "var(--series-1)" in drawing or bins == 0
+
+
+def test_intervals_name_each_value_and_mark_zero_where_it_lies_among_them():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        differences = intervals(["a", HOSTILE, "x" * 80], [1, -2, 3], [[-1, 2], [-3, -1], [2, 5]], "points")
+        shares = intervals(["a"], [50], [[40, 60]], "%")
+    assert ">a<" in differences
+    assert "x" * 21 + "…" in differences
+    assert "<script>" not in differences
+    assert "stroke-dasharray" in differences
+    assert "stroke-dasharray" not in shares
+
+
+def test_rows_past_those_shown_are_folded_away_without_a_script(tmp_path):
+    rows = [(f"class {number}", number) for number in range(9)]
+    write_report(tmp_path / "report.html", "t", sections=[Section("s", parts=[Table(("class", "n"), rows, shown=4)])])
+    content = (tmp_path / "report.html").read_text()
+    open_part, folded = content.split("<details>")
+    assert "class 3" in open_part
+    assert "class 4" not in open_part
+    assert "<summary>5 more</summary>" in folded
+    assert "class 8" in folded
+    assert Page(content).tags.count("tr") == 10

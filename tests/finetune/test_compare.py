@@ -105,17 +105,21 @@ def test_a_table_and_a_page_show_what_differs(tmp_path, capsys):
     assert low < record["differences"]["pretrained"]["top1"]["value"] < high
 
 
-def test_a_run_its_model_folder_and_an_evaluation_within_it_can_be_named(finetuned, packed_shards, capsys, tmp_path):
-    assert main(["evaluate", "--model", str(finetuned), "--shards", str(packed_shards), "--workers", "0"]) == 0
+def test_a_run_and_an_evaluation_within_it_are_compared_by_their_views(finetuned, packed_shards, capsys, tmp_path):
+    command = ["evaluate", "--model", str(finetuned), "--shards", str(packed_shards), "--workers", "0"]
+    assert main([*command, "--views.temporal", "2"]) == 0
     capsys.readouterr()
     assert main(["compare", str(finetuned), str(finetuned / "evaluation"), "--out", str(tmp_path / "out")]) == 0
     told = capsys.readouterr().out
-    assert "+0.0 (+0.0 to +0.0)" in told
-    assert "Settings" not in told, "both have the run's"
+    (settings,) = [line for line in told.splitlines() if "views.temporal" in line]
+    assert [part.strip() for part in settings.strip("│").split("│")] == ["views.temporal", "1", "2"]
+    assert "optimizer" not in told, "the evaluation has the run's settings"
+    assert "top-5" not in told, "which tells nothing of two classes"
 
 
 def test_names_are_the_last_parts_that_tell_runs_apart():
     assert names_of(["runs/a", "runs/b/"]) == ["a", "b"]
+    assert names_of(["runs/a", "runs/b/evaluation"]) == ["a", "b/evaluation"]
     assert names_of(["x/a/evaluation", "x/b/evaluation"]) == ["a/evaluation", "b/evaluation"]
 
 
@@ -124,7 +128,10 @@ def test_names_are_the_last_parts_that_tell_runs_apart():
     [
         (lambda run: (run / "evaluation.json").unlink(), "holds no evaluation.json"),
         (lambda run: (run / "evaluation.json").write_text("{"), "evaluation.json: cannot be read"),
-        (lambda run: (run / "evaluation.json").write_text("[]"), "does not tell samples, shards, fingerprint"),
+        (
+            lambda run: (run / "evaluation.json").write_text("[]"),
+            "does not tell classes, samples, shards, fingerprint, views",
+        ),
         (lambda run: (run / "evaluation.json").write_text("3"), "evaluation.json: cannot be read"),
         (lambda run: (run / "predictions.jsonl").unlink(), "predictions.jsonl: cannot be read (No such file"),
         (lambda run: (run / "predictions.jsonl").write_bytes(b"\xff"), "predictions.jsonl: cannot be read"),
@@ -160,8 +167,8 @@ def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path, capsys):
     file = tmp_path / "file"
     file.touch()
     for arguments, message in (
-        ([], "needs two runs or groups"),
-        ([one], "needs two runs or groups"),
+        ([], "two runs or groups are needed"),
+        ([one], "two runs or groups are needed"),
         ([one, tmp_path / "none"], f"{tmp_path / 'none'}: is no folder"),
         ([one, file], f"{file}: is no folder"),
         ([one, other], "sets/test (fingerprint ffffffffffff, 7 videos)"),
