@@ -5,6 +5,7 @@ accelerate, deepspeed and srun can start them. Whatever is slow to import is imp
 """
 
 import importlib.metadata
+import itertools
 import json
 import os
 import sys
@@ -183,8 +184,13 @@ def _probe(arguments: list[str]) -> int:
 
         from finetune.probe import EncoderProbeConfig, probe, show
 
+        alone = [*arguments, "--"]
+        given = [
+            f"{one}=true" if one == "--untrained" and following.startswith("--") else one
+            for one, following in itertools.pairwise(alone)
+        ]
         with met_by_every_rank():
-            config = parse_plain(EncoderProbeConfig, "probe", arguments)
+            config = parse_plain(EncoderProbeConfig, "probe", given)
         found = probe(config)
         if found:
             show(config, found, Console(width=None if sys.stdout.isatty() else 120))

@@ -113,7 +113,7 @@ def test_each_probe_writes_what_an_evaluation_writes(pretrained, packed_shards, 
         assert right / 6 == pytest.approx(found["top1"], abs=1e-4)
         assert (out / kind / "report.html").exists()
         assert yaml.safe_load((out / kind / "config.yaml").read_text())["kind"] == kind
-    fresh = [*command, "--untrained", "true", "--kind", "knn", "--out", str(tmp_path / "untrained")]
+    fresh = [*command, "--untrained", "--kind", "knn", "--out", str(tmp_path / "untrained")]
     assert main(fresh) == 0
     other = json.loads((tmp_path / "untrained/knn/evaluation.json").read_text())
     assert other["untrained"]
