@@ -14,9 +14,9 @@ from torch.nn import functional
 
 RANK_EPS = 1e-7
 LEAST_DEVIATION = 2**-8  # of features that differ by less, bf16 stores the same
-LEAST_SHARE = (
-    0.02  # in good runs of the demo's recipe both figures fell to a tenth or a fifteenth, in collapsed ones to 0
-)
+LEAST_SHARE = 0.02
+"""In one run of the demo's recipe, on 320 videos, the loss fell as it should while deviation and rank fell to a tenth
+and a fifteenth; in two tiny runs with a weight decay of 60, made to collapse, both fell below a hundredth."""
 
 
 def effective_rank(features: Tensor) -> float:
