@@ -58,7 +58,11 @@ def write_evaluation(
                 *evaluation_sections(evaluation, classes, hardest),
                 *([Section("Curves", "Of the run that the model comes from.", curves)] if curves else []),
             ],
-            facts=record | {"views": views_text(record["views"])},
+            facts={
+                name: views_text(value) if name == "views" else value
+                for name, value in record.items()
+                if value is not None
+            },
         )
 
 

@@ -155,7 +155,8 @@ def wilson_interval(right: int, videos: int) -> list[float]:
 def class_mean_interval(right: np.ndarray, videos: np.ndarray) -> list[float]:
     """Returns the bounds of the 95 % bootstrap interval of the mean class accuracy.
 
-    Drawing anew the videos of a class draws a binomial number of right ones.
+    Drawing anew the videos of a class draws a binomial number of right ones. With a handful of videos in each class the
+    interval is too narrow, and it has no width where every class is all right or all wrong.
 
     Args:
         right: `(K,)` right videos of each class.

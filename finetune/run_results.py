@@ -23,7 +23,7 @@ class RunResult:
 
     Attributes:
         folder: Where it was read.
-        shards: The set's folder or URL.
+        shards: The set's folder or URL, and the split of it.
         fingerprint: The set's fingerprint.
         classes: The number of the model's classes.
         keys: The keys of its videos, sorted; all else follows their order.
@@ -68,7 +68,7 @@ def read_result(folder: str | Path) -> RunResult:
     predictions.sort(key=lambda one: one["key"])
     return RunResult(
         folder=run,
-        shards=record["shards"],
+        shards=_set_of(record),
         fingerprint=record["fingerprint"],
         classes=record["classes"],
         keys=tuple(one["key"] for one in predictions),
@@ -86,7 +86,11 @@ def _most_probable(prediction: dict[str, Any]) -> list[str]:
 def _evaluated_on(record: dict[str, Any]) -> dict[str, Any]:
     """Returns the videos and views of an evaluation as settings, which take the place of the run's own."""
     views = {f"views.{name}": value for name, value in record["views"].items()}
-    return views | {"evaluated on": f"{record['shards']} ({record['fingerprint'][:12]})"}
+    return views | {"evaluated on": f"{_set_of(record)} ({record['fingerprint'][:12]})"}
+
+
+def _set_of(record: dict[str, Any]) -> str:
+    return f"{record['shards']}, {record['split']}" if record.get("split") else str(record["shards"])
 
 
 def _read_record(file: Path) -> dict[str, Any]:

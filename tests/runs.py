@@ -29,6 +29,7 @@ gc.disable()
 os.environ["DS_ACCELERATOR"] = "cpu"
 import accelerate, decord, deepspeed, deepspeed.runtime.zero.muon.original_muon, deepspeed.runtime.zero.stage3
 import finetune.finetuning, finetune.predict, launch.cli, matplotlib.backends.backend_svg, pretrain.pretraining, torch
+import scipy.stats, torchmetrics.functional.classification
 import torch.distributed.checkpoint.staging
 from accelerate.utils import DeepSpeedPlugin
 gc.freeze()  # or each collection in a child copies all that was imported

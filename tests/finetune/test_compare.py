@@ -20,7 +20,11 @@ def evaluated(folder: Path, right: np.ndarray, config: str = "", name: str = "v"
     logits = np.eye(len(CLASSES), dtype=np.float32)[np.where(right, labels, (labels + 1) % len(CLASSES))]
     seen = [VideoLogits(place, f"{name}{place}", labels[place], logits[place], None) for place in range(len(right))]
     folder.mkdir(parents=True)
-    write_result(folder, figures_of(seen, CLASSES), {"shards": "sets/test", "fingerprint": fingerprint, "views": {}})
+    write_result(
+        folder,
+        figures_of(seen, CLASSES),
+        {"shards": "sets/test", "split": name, "fingerprint": fingerprint, "views": {}},
+    )
     if config:
         (folder / "config.yaml").write_text(config)
     return folder
@@ -59,9 +63,9 @@ def test_a_groups_figures_are_the_means_over_its_seeds_and_its_interval_is_over_
     half = 1.96 * standard_error
     assert figure.interval == pytest.approx([figure.value - half, figure.value + half], abs=0.012)
     assert found.differences[0]["top1"].value == pytest.approx(figure.value)
-    three_times = compare([("none", [none]), ("one", [folders[0]])]).differences[0]["top1"].interval
+    alone = compare([("none", [none]), ("one", [folders[0]])]).differences[0]["top1"].interval
     copies = [evaluated(tmp_path / f"copy-{number}", seeds[0]) for number in range(3)]
-    assert compare([("none", [none]), ("same", copies)]).differences[0]["top1"].interval == pytest.approx(three_times)
+    assert compare([("none", [none]), ("same", copies)]).differences[0]["top1"].interval == pytest.approx(alone)
 
 
 def test_folds_are_paired_fold_by_fold_in_any_order(tmp_path):
@@ -171,7 +175,7 @@ def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path, capsys):
         ([one], "two runs or groups are needed"),
         ([one, tmp_path / "none"], f"{tmp_path / 'none'}: is no folder"),
         ([one, file], f"{file}: is no folder"),
-        ([one, other], "sets/test (fingerprint ffffffffffff, 7 videos)"),
+        ([one, other], "sets/test, v (fingerprint ffffffffffff, 7 videos)"),
         (["--group", "x", one, "--group", "x", two], "--group x: stands twice"),
         (["--group", "x", one, one, "--group", "y", two], f"--group x: holds {one} twice"),
         (["--group", "x", "--group", "y", two], "--group x: has no runs"),

@@ -31,7 +31,7 @@ def evaluation(shards: ShardSet):
 
 def test_wrong_videos_are_drawn_by_falling_loss_from_their_middle_view(packed_shards):
     shards = ShardSet.open(packed_shards)
-    cutter = EvaluationViews(shards, CLIP, 3, 3)
+    cutter = EvaluationViews(shards, CLIP, 3, 3, decode_limit_s=None)
     figures = hardest_videos(evaluation(shards), cutter, count=2)
     assert len(figures) == 2
     for figure, sample in zip(figures, (5, 7), strict=True):
@@ -46,7 +46,7 @@ def test_wrong_videos_are_drawn_by_falling_loss_from_their_middle_view(packed_sh
 def test_packed_clips_are_drawn_whole(packed_shards):
     shards = ShardSet.open(packed_shards)
     packing = packing_of(DataConfig(clip=CLIP, packing=PackingConfig()), (2, 8, 8))
-    cutter = PackedEvaluationViews(shards, packing)
+    cutter = PackedEvaluationViews(shards, packing, decode_limit_s=None)
     (figure, *_) = hardest_videos(evaluation(shards), cutter)
     _, (clip,) = cutter.clips(5)
     assert clip.shape[2] > clip.shape[1], "the videos are wider than high"
@@ -60,5 +60,5 @@ def test_a_video_that_can_no_longer_be_decoded_is_left_out(packed_shards, tmp_pa
     with open(folder / shards.shards[shard].name, "r+b") as file:
         file.seek(shards.shard_index(shard).video_offsets[row] + 40)
         file.write(b"damage")
-    figures = hardest_videos(evaluation(shards), EvaluationViews(shards, CLIP))
+    figures = hardest_videos(evaluation(shards), EvaluationViews(shards, CLIP, decode_limit_s=None))
     assert [figure.caption.split()[-1] for figure in figures] == [shards.key(7), shards.key(2)]
