@@ -143,6 +143,7 @@ class ModelDescription:
         short_side: Short side of the stored videos it was trained on, in pixels.
         frame_rate: Their frame rate if packing set one, else None.
         packing: How its clips are sized and packed; None where all have one size.
+        multi_label: Whether a clip has any number of classes, each with a probability of its own.
     """
 
     encoder: EncoderConfig
@@ -152,6 +153,7 @@ class ModelDescription:
     short_side: int
     frame_rate: float | None
     packing: PackingConfig | None = None
+    multi_label: bool = False
 
     @property
     def packed(self) -> Packing | None:
@@ -173,12 +175,16 @@ class ModelDescription:
 
 def save_classifier(folder: Path, weights: dict[str, Tensor], description: ModelDescription) -> None:
     """Writes a self-contained model folder."""
-    content = describe_encoder(description.encoder, description.clip, description.packing) | {
-        "head": dataclasses.asdict(description.head),
-        "classes": list(description.classes),
-        "short_side": description.short_side,
-        "frame_rate": description.frame_rate,
-    }
+    content = (
+        describe_encoder(description.encoder, description.clip, description.packing)
+        | {
+            "head": dataclasses.asdict(description.head),
+            "classes": list(description.classes),
+            "short_side": description.short_side,
+            "frame_rate": description.frame_rate,
+        }
+        | ({"multi_label": True} if description.multi_label else {})
+    )
     save_model_folder(folder, weights, content)
 
 
@@ -202,7 +208,14 @@ def load(folder: str | Path) -> tuple[Classifier, ModelDescription]:
     head = described(HeadConfig, content, "head", folder)
     try:
         description = ModelDescription(
-            encoder, clip, head, tuple(content["classes"]), content["short_side"], content["frame_rate"], packing
+            encoder,
+            clip,
+            head,
+            tuple(content["classes"]),
+            content["short_side"],
+            content["frame_rate"],
+            packing,
+            content.get("multi_label", False),
         )
     except (KeyError, TypeError) as error:
         raise Refused(f"{folder / 'config.json'}: does not describe a classifier ({error}); export it again") from None

@@ -16,6 +16,7 @@ from finetune.config import ViewsConfig
 from finetune.evaluation_page import curves_of, write_evaluation
 from finetune.figures import Evaluation, VideoLogits, figures_of
 from finetune.hardest import Cutter, hardest_videos
+from finetune.multi_label import THRESHOLD, LabelsEvaluation, ScoredVideo, evaluate_labels
 from finetune.output import make_writable
 from pretrain.commandline import met_by_every_rank
 from pretrain.data.decode_client import DECODE_LIMIT_S, refuse_decode_limit
@@ -48,6 +49,8 @@ class EvaluateConfig:
     """Folder for evaluation.json, predictions.jsonl and report.html; by default `evaluation` in the model's."""
     views: ViewsConfig = dataclasses.field(default_factory=ViewsConfig)
     """Views of each video."""
+    threshold: float = THRESHOLD
+    """Least score of a class that counts as predicted, on a multi-label set."""
     micro_batch: int | None = None
     """Videos that one process sends through the model at once; by default as many as have 16 views together."""
     decoder: DecoderName = "auto"
@@ -65,10 +68,12 @@ class EvaluateConfig:
         self.cache.validate("cache")
         if (self.micro_batch is not None and self.micro_batch < 1) or self.workers < 0:
             raise Refused("micro_batch, workers: must be at least 1 and 0")
+        if not 0 < self.threshold < 1:
+            raise Refused(f"threshold: {self.threshold} must lie between 0 and 1")
         refuse_decode_limit("decode_limit_s", self.decode_limit_s)
 
 
-def evaluate(config: EvaluateConfig) -> Evaluation:
+def evaluate(config: EvaluateConfig) -> Evaluation | LabelsEvaluation:
     """Evaluates a model folder on a set and writes what it found to a folder of its own.
 
     Raises:
@@ -82,7 +87,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     if description.packing:
         config.views.refuse_crops(f"{config.model} was trained on packed clips, of which each")
     shards = open_shards("shards", config.shards, description.clip, config.cache, config.split)
-    check_classes(shards, description.classes)
+    check_classes(shards, description.classes, description.multi_label)
     out = Path(config.out) if config.out else Path(config.model) / "evaluation"
     cutter = cutter_of(shards, description, config.views, config.decoder, config.decode_limit_s)
     with Processes() as processes:
@@ -95,6 +100,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
             processes,
             config.micro_batch or samples_at_once(config.views),
             config.workers,
+            config.threshold,
         )
         record = {"model": config.model} | circumstances(shards, config.views)
         processes.on_main_only(
@@ -103,7 +109,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
                 evaluation,
                 description.classes,
                 record,
-                hardest_videos(evaluation, cutter),
+                hardest_videos(evaluation, cutter) if isinstance(evaluation, Evaluation) else (),
                 curves_of(config.model),
             )
         )
@@ -117,8 +123,14 @@ def check_training_labels(shards: ShardSet) -> None:
         raise Refused(f"{shards.folder}: a classifier needs two classes or more; pack more class folders")
 
 
-def check_classes(shards: ShardSet, classes: tuple[str, ...]) -> None:
-    """Raises `Refused` unless the set's labels are the model's classes."""
+def check_classes(shards: ShardSet, classes: tuple[str, ...], multi_label: bool = False) -> None:
+    """Raises `Refused` unless the set's labels are the model's classes, one a sample or any number as for the model."""
+    if shards.labelled and shards.multi_label != multi_label:
+        kinds = ("any number of labels", "one label") if shards.multi_label else ("one label", "any number of labels")
+        raise Refused(
+            f"{shards.folder}: its samples have {kinds[0]}, and the model was trained for {kinds[1]}; give a set with "
+            f"{kinds[1]} a sample"
+        )
     greatest = _greatest_label(shards)
     if greatest >= len(classes):
         raise Refused(
@@ -135,7 +147,7 @@ def check_classes(shards: ShardSet, classes: tuple[str, ...]) -> None:
 def _greatest_label(shards: ShardSet) -> int:
     if not shards.labelled:
         raise Refused(f"{shards.folder}: has no labels; pack it from class folders or with --list")
-    return max(shards.labels())
+    return max((label for labels in shards.label_lists() for label in labels), default=0)
 
 
 def circumstances(shards: ShardSet, views: ViewsConfig) -> dict[str, Any]:
@@ -178,7 +190,8 @@ def evaluate_on(
     processes: Processes,
     micro_batch: int,
     workers: int,
-) -> Evaluation:
+    threshold: float = THRESHOLD,
+) -> Evaluation | LabelsEvaluation:
     """Evaluates a model on labelled videos; every rank calls it and gets the same result.
 
     Args:
@@ -189,11 +202,16 @@ def evaluate_on(
         processes: All processes.
         micro_batch: Videos that go through the model at once.
         workers: Loader processes.
+        threshold: Least score of a class that counts as predicted, on a multi-label set.
 
     Raises:
         StoppedByRule: The model returns logits that are not finite.
     """
-    return figures_of(logits_on(model, cutter, chosen, processes, micro_batch, workers), classes)
+    seen = logits_on(model, cutter, chosen, processes, micro_batch, workers)
+    if cutter.shards.multi_label:
+        scored = [ScoredVideo(one.key, one.label, one.logits, one.error) for one in seen]
+        return evaluate_labels(scored, classes, threshold)
+    return figures_of(seen, classes)
 
 
 @torch.no_grad()

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from rich.table import Table as TerminalTable
 
-from finetune.figures import BINS, INTERVAL, Evaluation, reliability, telling_accuracies
+from finetune.figures import ACCURACIES, BINS, INTERVAL, Evaluation, reliability, telling_accuracies
+from finetune.multi_label import TITLES, LabelsEvaluation, sections_of
 from finetune.output import writing_to
 from pretrain.engine.tracking import METRICS, read_metrics
 from pretrain.files import write_json, write_text
@@ -27,7 +28,7 @@ INTERVALS_NOTE = (
 
 def write_evaluation(
     out: Path,
-    evaluation: Evaluation,
+    evaluation: Evaluation | LabelsEvaluation,
     classes: tuple[str, ...],
     record: dict[str, Any],
     hardest: Sequence[Figure] = (),
@@ -66,7 +67,7 @@ def write_evaluation(
         )
 
 
-def write_result(out: Path, evaluation: Evaluation, record: dict[str, Any]) -> None:
+def write_result(out: Path, evaluation: Evaluation | LabelsEvaluation, record: dict[str, Any]) -> None:
     """Writes `evaluation.json` and `predictions.jsonl`."""
     write_json(out / RESULT, evaluation.figures | record)
     write_text(out / PREDICTIONS, "".join(json.dumps(one) + "\n" for one in evaluation.predictions))
@@ -81,6 +82,8 @@ def curves_of(model: str) -> list[Figure]:
 
 def headline(figures: dict[str, Any]) -> list[tuple[str, str]]:
     """Returns the accuracies for the top of a page, the one that counts most at the end."""
+    if ACCURACIES.keys().isdisjoint(figures):
+        return [(percent(figures[name]), title) for name, title in reversed(TITLES.items())]
     return [
         (percent(figures[name]), f"{title}, {interval_text(figures[name + INTERVAL])}")
         for name, title in reversed(telling_accuracies(figures["classes"]).items())
@@ -109,6 +112,10 @@ def figures_table(figures: dict[str, Any]) -> TerminalTable:
     table = TerminalTable(title=f"{figures['samples']} videos, {figures['errors']} of them not decodable")
     for name in ("figure", "value", "95 % interval"):
         table.add_column(name, justify="left" if name == "figure" else "right", no_wrap=True)
+    if ACCURACIES.keys().isdisjoint(figures):
+        for name, title in TITLES.items():
+            table.add_row(title, percent(figures[name]), "")
+        return table
     for name, title in telling_accuracies(figures["classes"]).items():
         table.add_row(title, percent(figures[name]), interval_text(figures[name + INTERVAL]))
     if figures["calibration_error"] is not None:
@@ -118,7 +125,7 @@ def figures_table(figures: dict[str, Any]) -> TerminalTable:
 
 
 def evaluation_sections(
-    evaluation: Evaluation, classes: tuple[str, ...], hardest: Sequence[Figure] = ()
+    evaluation: Evaluation | LabelsEvaluation, classes: tuple[str, ...], hardest: Sequence[Figure] = ()
 ) -> list[Section]:
     """Returns the body of a page on an evaluation.
 
@@ -127,6 +134,8 @@ def evaluation_sections(
         classes: Names of the classes.
         hardest: The hardest videos, drawn.
     """
+    if isinstance(evaluation, LabelsEvaluation):
+        return sections_of(evaluation)
     sections = [
         Section("Figures", parts=[_figures_part(evaluation.figures), *_calibration_parts(evaluation)]),
         Section("Confusion", parts=_confusion_parts(evaluation, classes)),

@@ -37,14 +37,14 @@ class VideoLogits(NamedTuple):
     Attributes:
         sample: Its sample number.
         key: The video's key.
-        label: The number of its class.
+        label: The number of its class; in a multi-label set the numbers of its classes, which `multi_label.py` takes.
         logits: `(K,)`, the mean over its views; None where it cannot be decoded.
         error: Why it cannot be decoded, or None.
     """
 
     sample: int
     key: str
-    label: int
+    label: Any
     logits: np.ndarray | None
     error: str | None
 

@@ -28,6 +28,7 @@ from finetune.evaluation_page import evaluation_sections, headline, write_result
 from finetune.figures import Evaluation
 from finetune.freezing import freeze
 from finetune.hardest import hardest_videos
+from finetune.multi_label import LabelsEvaluation
 from pretrain.agreement import agreed_inputs, fingerprints, open_inputs
 from pretrain.data.balanced import SampleOrder
 from pretrain.data.clips import ClipConfig
@@ -41,6 +42,7 @@ from pretrain.engine.run import Run
 from pretrain.engine.saving import Exported, whole_weights
 from pretrain.engine.tracking import METRICS, read_metrics
 from pretrain.engine.trainer import Objective
+from pretrain.errors import Refused
 from pretrain.files import sha256_of_file
 from pretrain.identity import named_fields
 from pretrain.model.encoder import EncoderConfig
@@ -169,7 +171,9 @@ def finetune_in(processes: Processes, config: FinetuneConfig, inputs: Inputs) ->
             steps,
             inputs.classifier,
             inputs.clips,
-            build_objective(config.mixing, config.data.clip, len(shards.classes), packed=bool(config.data.packing)),
+            build_objective(
+                config.mixing, config.data.clip, len(shards.classes), bool(config.data.packing), shards.multi_label
+            ),
             checks=checks,
             export=functools.partial(export_classifier, description, run),
             averaging=config.ema,
@@ -190,14 +194,19 @@ def open_labelled_sets(config: FinetuneConfig) -> RunSets:
     """Opens the sets of a run; raises `Refused` if their labels do not do."""
     sets = open_run_sets(config)
     check_training_labels(sets.training[0])
+    if sets.training[0].multi_label and config.data.packing:
+        raise Refused(
+            f"data.packing: packed clips have one label each, and the samples of {sets.training[0].folder} any number; "
+            "leave data.packing out"
+        )
     if sets.held_out:
-        check_classes(sets.held_out, sets.training[0].classes)
+        check_classes(sets.held_out, sets.training[0].classes, sets.training[0].multi_label)
     return sets
 
 
 def warn_of_lone_samples(shards: ShardSet) -> None:
     """Warns of classes with one sample."""
-    counts = Counter(shards.labels())
+    counts = Counter(label for labels in shards.label_lists() for label in labels)
     lone = [name for label, name in enumerate(shards.classes) if counts[label] == 1]
     if lone:
         more = f" (as have {len(lone) - 1} others)" if len(lone) > 1 else ""
@@ -217,6 +226,7 @@ def describe(config: FinetuneConfig, architecture: EncoderConfig, shards: ShardS
         shards.short_side,
         shards.frame_rate,
         config.data.packing,
+        shards.multi_label,
     )
 
 
@@ -277,8 +287,12 @@ def build_classifier(description: ModelDescription, start: Start) -> Classifier:
     return description.build(encoder)
 
 
-def build_objective(mixing: MixingConfig, clip: ClipConfig, classes: int, packed: bool = False) -> Objective:
+def build_objective(
+    mixing: MixingConfig, clip: ClipConfig, classes: int, packed: bool = False, multi_label: bool = False
+) -> Objective:
     """Returns the loss of a batch: cross-entropy with label smoothing, over mixed clips if the recipe mixes.
+
+    Of a multi-label set it is the binary cross-entropy of each class, whose labels are smoothed towards a half.
 
     Logits are taken in full precision, whatever the model computes in. A packed batch holds as many clips as another,
     so its mean needs no count of others.
@@ -287,6 +301,8 @@ def build_objective(mixing: MixingConfig, clip: ClipConfig, classes: int, packed
         return functools.partial(
             packed_classification_loss, nn.CrossEntropyLoss(label_smoothing=mixing.label_smoothing)
         )
+    if multi_label and not mixing.mixes:
+        return lambda model, batch: binary_entropy(model(batch.clips), smoothed(batch.labels, mixing.label_smoothing))
     if not mixing.mixes:
         entropy = nn.CrossEntropyLoss(label_smoothing=mixing.label_smoothing)
         return lambda model, batch: entropy(model(batch.clips).float(), batch.labels)
@@ -297,14 +313,25 @@ def build_objective(mixing: MixingConfig, clip: ClipConfig, classes: int, packed
         switch_prob=mixing.switch_probability,
         label_smoothing=mixing.label_smoothing,
         num_classes=classes,
+        multi_label=multi_label,
     )
-    soft_entropy = SoftTargetCrossEntropy()
+    entropy_of = binary_entropy if multi_label else SoftTargetCrossEntropy()
 
     def objective(model: nn.Module, batch: Batch) -> Tensor:
         clips, targets = mix(mixup, batch, clip)
-        return soft_entropy(model(clips).float(), targets)
+        return entropy_of(model(clips).float(), targets)
 
     return objective
+
+
+def binary_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Returns the mean binary cross-entropy over classes, from 0 to 1 in `(B, K)` targets."""
+    return nn.functional.binary_cross_entropy_with_logits(logits.float(), targets)
+
+
+def smoothed(labels: Tensor, smoothing: float) -> Tensor:
+    """Returns `(B, K)` labels of 1 and 0 that are drawn to a half by a share, as timm's Mixup draws them."""
+    return labels * (1 - smoothing) + smoothing / 2
 
 
 def packed_classification_loss(entropy: nn.Module, model: nn.Module, batch: PackedBatch) -> Tensor:
@@ -346,10 +373,10 @@ def accuracy_on(
         model: The prepared model.
 
     Returns:
-        `validation_top1` and `validation_top5`, as shares.
+        `validation_top1` and `validation_top5`, as shares; of a multi-label set `validation_mean_average_precision`.
     """
     views = ViewsConfig(temporal=1, spatial=1)
-    figures = evaluate_on(
+    evaluation = evaluate_on(
         model,
         cutter_of(held_out, description, views, config.data.decoder, config.data.decode_limit_s),
         config.validation.chosen(held_out.samples),
@@ -357,13 +384,14 @@ def accuracy_on(
         run.processes,
         samples_at_once(views),
         config.data.workers,
-    ).figures
-    return {f"validation_{name}": figures[name] for name in ("top1", "top5")}
+    )
+    names = ("mean_average_precision",) if description.multi_label else ("top1", "top5")
+    return {f"validation_{name}": evaluation.figures[name] for name in names}
 
 
 def evaluate_finally(
     model: nn.Module, held_out: ShardSet, config: FinetuneConfig, description: ModelDescription, run: Run
-) -> tuple[Evaluation, list[Figure] | None]:
+) -> tuple[Evaluation | LabelsEvaluation, list[Figure] | None]:
     """Evaluates with all views and writes `evaluation.json` and `predictions.jsonl`; every rank calls it.
 
     Args:
@@ -389,6 +417,8 @@ def evaluate_finally(
     weights = {"weights": "as trained" if config.ema.decay is None else f"moving average, decay {config.ema.decay}"}
     record = circumstances(held_out, config.views) | weights
     run.processes.on_main_only(lambda: write_result(run.out, evaluation, record))
+    if isinstance(evaluation, LabelsEvaluation):
+        return evaluation, None
     return evaluation, run.processes.on_main_only(lambda: hardest_videos(evaluation, cutter))
 
 
@@ -403,7 +433,7 @@ def export_classifier(description: ModelDescription, run: Run, model: nn.Module)
 def write_finetuning_report(
     out: Path,
     summary: dict[str, Any],
-    evaluation: Evaluation | None,
+    evaluation: Evaluation | LabelsEvaluation | None,
     hardest: Sequence[Figure],
     classes: tuple[str, ...],
 ) -> None:

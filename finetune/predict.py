@@ -41,7 +41,8 @@ class Prediction:
 
     Attributes:
         file: The file.
-        classes: (name, probability) of the most probable classes, best first; none where there is an error.
+        classes: (name, probability) of the most probable classes, best first; none where there is an error. The
+            probabilities of a multi-label model are each class's own.
         error: Why the file has no classes, with the remedy, or None.
     """
 
@@ -148,7 +149,8 @@ class Predictor:
             scores = next(logits)
             if not scores.isfinite().all():
                 raise StoppedByRule(f"{file}: the logits of {self.name} are not finite; finetune again")
-            best = scores.softmax(0).topk(min(options.top, len(self.classes)))
+            probabilities = scores.sigmoid() if self.description.multi_label else scores.softmax(0)
+            best = probabilities.topk(min(options.top, len(self.classes)))
             names = [self.classes[number] for number in best.indices.tolist()]
             yield Prediction(file, list(zip(names, best.values.tolist(), strict=True)))
 

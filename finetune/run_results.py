@@ -101,6 +101,8 @@ def _read_record(file: Path) -> dict[str, Any]:
         raise Refused(f"{file}: cannot be read ({error}); evaluate again") from None
     if missing:
         raise Refused(f"{file}: does not tell {', '.join(missing)}; evaluate again")
+    if "mean_average_precision" in record:
+        raise Refused(f"{file}: is of a multi-label set; compare runs on sets of one label a sample")
     return record
 
 

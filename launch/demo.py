@@ -24,6 +24,7 @@ from finetune.evaluate import EvaluateConfig, evaluate
 from finetune.evaluation_page import evaluation_sections
 from finetune.figures import Evaluation
 from finetune.finetuning import finetune
+from finetune.multi_label import LabelsEvaluation
 from launch.digits import MOTIONS, Split, write_videos
 from pretrain.commandline import parse
 from pretrain.config import PretrainConfig
@@ -204,7 +205,7 @@ def _clear_unless_interrupted(out: Path, config: DemoConfig) -> None:
 def write_demo_report(
     out: Path,
     summary: dict[str, Any],
-    evaluations: dict[str, list[Evaluation]],
+    evaluations: dict[str, list[Evaluation | LabelsEvaluation]],
     pretrained: list[Path],
     scratch: list[Path],
 ) -> None:

@@ -32,7 +32,8 @@ def identity_of(
         The values under the names of their fields, and how to tell what some of them stand for.
     """
     mixture = None
-    told = {"data.shards": f"{sets[0].folder} (fingerprint {sets[0].fingerprint})", "data.mixture": "none"}
+    part = "" if sets[0].split is None else f", {sets[0].split}"
+    told = {"data.shards": f"{sets[0].folder}{part} (fingerprint {sets[0].fingerprint})", "data.mixture": "none"}
     if isinstance(order, Mixture):
         mixture = [[shards.fingerprint, part.lanes] for shards, part in zip(sets, order.sets, strict=True)]
         places = (

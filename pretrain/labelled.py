@@ -23,13 +23,15 @@ def open_labelled(
         split: The split, as `split_of` takes it; None is the whole set.
 
     Raises:
-        Refused: It cannot be opened, has no labels, or too few videos.
+        Refused: It cannot be opened, has no labels or several a video, or too few videos.
     """
     shards = open_shards(field, path, clip, cache, split)
     if shards.samples < least:
         raise Refused(f"{field}: {shards.folder} holds {shards.samples} videos, too few for a probe; pack more")
     if not shards.labelled:
         raise Refused(f"{field}: {shards.folder} has no labels; pack it from class folders or with --list")
+    if shards.multi_label:
+        raise Refused(f"{field}: the videos of {shards.folder} have any number of labels; give a set of one label each")
     return shards
 
 

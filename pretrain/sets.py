@@ -1,7 +1,6 @@
 """The sets of a run: what it trains on and what is held out, from the fields of `data` and `validation`."""
 
 import logging
-from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -79,7 +78,7 @@ def save_division(run: Run, sets: RunSets) -> None:
 def _divided(shards: ShardSet, validation: ValidationConfig) -> tuple[tuple[ShardSet], ShardSet]:
     """Returns the part to train on and the part that is held out."""
     keys = shards.keys()
-    labels = shards.labels() if shards.labelled else [0] * shards.samples
+    labels: list[tuple[int, ...]] = shards.label_lists() if shards.labelled else [()] * shards.samples
     groups = groups_of(keys, validation.group)
     if validation.folds is not None and validation.fold is not None:
         field, name = "validation.folds", f"fold {validation.fold} of {validation.folds}"
@@ -97,20 +96,21 @@ def _divided(shards: ShardSet, validation: ValidationConfig) -> tuple[tuple[Shar
 
 
 def _refuse_lost_classes(
-    field: str, shards: ShardSet, groups: list[str], labels: list[int], chosen: np.ndarray
+    field: str, shards: ShardSet, groups: list[str], labels: list[tuple[int, ...]], chosen: np.ndarray
 ) -> None:
     """Raises `Refused` where a class has no sample to train on, or a share holds none of it out."""
-    trained = {labels[number] for number in np.flatnonzero(~chosen).tolist()}
-    held_out = {labels[number] for number in np.flatnonzero(chosen).tolist()}
-    lost = sorted(set(labels) - trained) or (sorted(set(labels) - held_out) if field.endswith("share") else [])
-    if not lost and held_out:
+    trained, held_out = (
+        {label for number in np.flatnonzero(part).tolist() for label in labels[number]} for part in (~chosen, chosen)
+    )
+    lost = sorted(held_out - trained) or (sorted(trained - held_out) if field.endswith("share") else [])
+    if not lost and chosen.any() and not chosen.all():
         return
-    label = lost[0] if lost else labels[0]
-    count = Counter(labels)[label]
-    kinds = len({group for group, one in zip(groups, labels, strict=True) if one == label})
-    subject = f"class {shards.classes[label]!r} of {shards.folder}" if shards.labelled else str(shards.folder)
+    own = [group for group, classes in zip(groups, labels, strict=True) if not lost or lost[0] in classes]
+    subject = f"class {shards.classes[lost[0]]!r} of {shards.folder}" if lost else str(shards.folder)
     more = f" (and {len(lost) - 1} other classes)" if len(lost) > 1 else ""
-    has = f"{count} sample{'s' * (count > 1)}" + (f" in {kinds} group{'s' * (kinds > 1)}" if kinds < count else "")
+    kinds = len(set(own))
+    has = f"{len(own)} sample{'s' * (len(own) > 1)}"
+    has += f" in {kinds} group{'s' * (kinds > 1)}" if kinds < len(own) else ""
     raise Refused(
         f"{field}: {subject} has {has}{more}, too few to train on some and hold others out; add videos of it, leave it "
         "out of the set, or give validation.shards"

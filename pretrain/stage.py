@@ -128,6 +128,11 @@ def labels_to_balance(data: DataConfig, shards: ShardSet) -> tuple[int, ...]:
             f"data.class_power: {data.class_power} balances classes, but {shards.folder} has no labels; pack it from "
             f"class folders or with --list, or leave data.class_power at 1"
         )
+    if shards.multi_label:
+        raise Refused(
+            f"data.class_power: {data.class_power} balances sets of one label a sample, but those of {shards.folder} "
+            f"have any number; leave it at 1"
+        )
     return tuple(shards.labels())
 
 

@@ -63,6 +63,10 @@ def test_both_stages_hold_out_the_same_fold_and_never_read_it(finetuning, packed
         assert sorted(lists[0] + lists[1]) == sorted(ShardSet.open(packed_shards).keys())
         read = [json.loads(line)["keys"] for line in (tmp_path / run / "keys.jsonl").read_text().splitlines()]
         assert {key for keys in read for key in keys} <= set(lists[0])
+        capsys.readouterr()
+        assert main(["order", "--config", str(tmp_path / run / "config.yaml"), "--steps", "1:4"]) == 0
+        listed = [json.loads(line)["key"] for line in capsys.readouterr().out.splitlines()]
+        assert sorted(listed) == sorted(key for keys in read for key in keys)
 
 
 def test_the_keys_that_a_run_wrote_are_evaluated_again_to_the_same_figures(finetuning, packed_shards, tmp_path):
@@ -83,7 +87,10 @@ def test_a_run_goes_on_with_the_samples_that_it_began_with_only(finetuning, tmp_
     assert main([*finetuning, *share]) == 0, "the same again, which is finished"
     capsys.readouterr()
     assert main([*finetuning, *share, "--validation.seed", "1", "--steps", "8"]) == 2
-    assert "tubelet: data.shards: is " in capsys.readouterr().err
+    told = (
+        r"tubelet: data\.shards: is \S+, all but share 0\.3 \(fingerprint \w+\), but .* was written with \S+, all but"
+    )
+    assert re.search(told, capsys.readouterr().err)
 
 
 def test_folds_hold_out_each_sample_once_and_balance_what_is_left(finetuning):

@@ -59,7 +59,8 @@ def contact_sheet(shards: ShardSet, samples: int, seed: int) -> Image.Image:
         samples: How many samples to show, at most.
         seed: Chooses them.
     """
-    labels = shards.labels() if shards.labelled else [0] * shards.samples
+    by_class = shards.labelled and not shards.multi_label
+    labels = shards.labels() if by_class else [0] * shards.samples
     numbers = draw_evenly(labels, samples, seed)
     with WorkerPool(middle_frame, 1) as pool:
         frames = [
@@ -80,7 +81,7 @@ def contact_sheet(shards: ShardSet, samples: int, seed: int) -> Image.Image:
         top = MARGIN_PX + HEADING_PX + row * (cell_height + CAPTION_PX + GAP_PX)
         cell, mask = _cell(frame, cell_height)
         sheet.paste(cell, (left, top), mask)
-        label = labels[number] if shards.labelled else None
+        label = labels[number] if by_class else None
         name = KEY_HASH.sub("", shards.key(number)) if label is None else shards.classes[label]
         _write_caption(sheet, (left, top + cell_height), name, number, _hue(label))
     return sheet

@@ -4,6 +4,7 @@ No tar is read for the figures; the picture (`contact_sheet.py`) decodes one fra
 """
 
 import dataclasses
+import itertools
 import os
 import statistics
 from collections import Counter
@@ -66,6 +67,7 @@ class Inspection:
         frame_rates: How many samples have each number of frames per second.
         sizes: How many samples have each (width, height) in pixels; empty if the indexes do not tell.
         size_bytes: The size of all shards.
+        splits: How many samples each split has that packing noted.
     """
 
     samples: int
@@ -74,6 +76,7 @@ class Inspection:
     frame_rates: Counter[float]
     sizes: Counter[tuple[int, int]]
     size_bytes: int
+    splits: Counter[str]
 
 
 def inspect(config: InspectConfig) -> Inspection:
@@ -100,7 +103,7 @@ def read_indexes(shards: ShardSet) -> Inspection:
     sizes: Counter[tuple[int, int]] = Counter()
     for number in range(len(shards.shards)):
         index = shards.shard_index(number)
-        labels.update(index.labels or ())
+        labels.update(index.labels or itertools.chain(*(index.label_lists or ())))
         durations_s += [frames / rate for frames, rate in zip(index.frames, index.frame_rates, strict=True)]
         frame_rates.update(index.frame_rates)
         sizes.update(zip(index.widths or (), index.heights or (), strict=True))
@@ -111,6 +114,7 @@ def read_indexes(shards: ShardSet) -> Inspection:
         frame_rates=frame_rates,
         sizes=sizes,
         size_bytes=sum(shard.bytes for shard in shards.shards),
+        splits=Counter(name for names in shards.splits() for name in names.split()),
     )
 
 
@@ -121,7 +125,10 @@ def show_inspection(shards: ShardSet, inspection: Inspection, console: Console |
     table = Table.grid(padding=(0, 2))
     table.add_row("shards", f"{len(shards.shards)}, {_shown_bytes(inspection.size_bytes)}")
     table.add_row("samples", str(inspection.samples))
-    table.add_row("classes", str(len(shards.classes)) if shards.labelled else "none: unlabelled")
+    several = ", of which a sample has any number" if shards.multi_label else ""
+    table.add_row("classes", f"{len(shards.classes)}{several}" if shards.labelled else "none: unlabelled")
+    if inspection.splits:
+        table.add_row("splits", ", ".join(f"{name} {count}" for name, count in sorted(inspection.splits.items())))
     shortest, median, longest = min(durations_s), statistics.median(durations_s), max(durations_s)
     table.add_row("duration", f"{shortest:.2f} s to {longest:.2f} s, median {median:.2f} s")
     table.add_row("in all", _shown_time(sum(durations_s)))

@@ -33,7 +33,7 @@ class Batch(NamedTuple):
 
     Attributes:
         clips: `(B * R, T, H, W, C)` uint8.
-        labels: `(B * R,)` class numbers, -1 where a sample has none.
+        labels: `(B * R,)` class numbers, -1 where a sample has none; `(B * R, K)` of 1 and 0 from a multi-label set.
         visible: `(B * R, Nv)` token numbers, or `(B * R, 0)` without masks.
         masked: `(B * R, Nm)` token numbers, or `(B * R, 0)` without masks.
         keys: The samples' keys, B of them.
@@ -64,7 +64,7 @@ def collate(loaded: Sequence[LoadedSample]) -> Batch:
     repeats = len(loaded[0].clips)
     return Batch(
         clips=torch.stack([clip for one in loaded for clip in one.clips]),
-        labels=torch.tensor([one.label for one in loaded]).repeat_interleave(repeats),
+        labels=torch.tensor([one.label for one in loaded]).repeat_interleave(repeats, dim=0),
         visible=torch.from_numpy(np.concatenate([one.visible for one in loaded])),
         masked=torch.from_numpy(np.concatenate([one.masked for one in loaded])),
         keys=[one.key for one in loaded],

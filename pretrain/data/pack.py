@@ -56,6 +56,9 @@ class PackConfig:
     them, or names with commas between."""
     unlabelled: bool = False
     """Pack without labels, even from class folders."""
+    multi_label: bool = False
+    """Each video has any number of labels: `list` holds `path label;label` lines, or is a .csv file whose first column
+    is the path and whose others are labels."""
     segment_s: float | None = None
     """Cut videos longer than this many seconds into segments of as many; what is left at the end is a shorter one, or
     is dropped below a quarter."""
@@ -104,6 +107,11 @@ class PackConfig:
             raise Refused("list, annotations: both name the videos to pack; give one of them")
         if self.annotations is not None and self.source is None:
             raise Refused("source: is missing; name the folder of the videos that the annotations list")
+        if self.multi_label and (self.unlabelled or self.annotations is not None):
+            other = "unlabelled" if self.unlabelled else "annotations"
+            raise Refused(
+                f"multi_label, {other}: do not go together; give the labels of a --list, or drop --multi-label"
+            )
         if self.split is not None and self.annotations is None:
             raise Refused("split: belongs to --annotations; name an annotation file or drop --split")
         if self.source is not None and Path(self.source).resolve() == Path(self.out).resolve():
@@ -126,7 +134,13 @@ def pack(config: PackConfig) -> PackSummary:
     config.validate()
     part = None if config.part is None else parse_part(config.part)
     sources = find_sources(
-        config.source, config.list, config.classes, config.unlabelled, config.annotations, config.split
+        config.source,
+        config.list,
+        config.classes,
+        config.unlabelled,
+        config.annotations,
+        config.split,
+        config.multi_label,
     )
     jobs = config.jobs or len(os.sched_getaffinity(0))
     if config.segment_s is not None:

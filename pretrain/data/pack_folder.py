@@ -151,7 +151,8 @@ class PackFolder:
         try:
             settings = json.loads(path.read_text())
             shard_names(settings["videos"], settings["samples_per_shard"])
-            return {name: settings[name] for name in NEEDED_TO_MERGE}
+            told = {"multi_label": True} if settings.get("multi_label") else {}
+            return {name: settings[name] for name in NEEDED_TO_MERGE} | told
         except (FileNotFoundError, NotADirectoryError) as error:
             remedy = "pack into it with `tubelet pack VIDEOS SHARDS --part I/N` first"
             raise Refused(f"{self.path}: holds no {PLAN_NAME}, so no pack was begun there; {remedy}") from error
@@ -292,7 +293,7 @@ class PackFolder:
             before = {**json.loads(path.read_text())}
         except (OSError, *DAMAGED) as error:
             raise Refused(f"{path}: cannot be read ({error}); {remedy}") from error
-        for name, now in plan.settings.items():
+        for name, now in ({"multi_label": None} | plan.settings).items():
             if before.get(name) == now:
                 continue
             if name == "videos_sha256":
@@ -326,6 +327,7 @@ def _index(settings: dict[str, Any], shards: list[ShardEntry]) -> dict[str, Any]
     return {
         "format_version": settings["format_version"],
         "classes": settings["classes"],
+        **({"multi_label": True} if settings.get("multi_label") else {}),
         "frame_rate": settings["fps"],
         "short_side": settings["short_side"],
         "resampled": settings["fps"] is not None,

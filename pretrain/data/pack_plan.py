@@ -71,9 +71,9 @@ def make_plan(
         for number, name in enumerate(shard_names(len(videos), samples_per_shard))
     )
     sizes_bytes = {video.path: _size_bytes(sources, video) for video in videos}
-    told_of_splits = any(video.splits for video in videos)
+    is_plain = not sources.multi_label and not any(video.splits for video in videos)
     settings = {
-        "format_version": FORMAT_VERSION if told_of_splits else PLAIN_FORMAT_VERSION,
+        "format_version": PLAIN_FORMAT_VERSION if is_plain else FORMAT_VERSION,
         "short_side": short_side,
         "gop": gop,
         "fps": frame_rate,
@@ -83,6 +83,7 @@ def make_plan(
         "seed": seed,
         "segment_s": segment_s,
         "classes": list(sources.classes),
+        **({"multi_label": True} if sources.multi_label else {}),
         "videos": len(videos),
         "videos_sha256": _hash_of_videos(videos, sizes_bytes),
     }

@@ -18,6 +18,8 @@ import numpy as np
 from pretrain.data.randomness import key_for
 from pretrain.errors import Refused
 
+NO_CLASS = -1
+"""What samples without any class count as: a class of their own."""
 SEGMENT_OF_KEY = re.compile(r"-\d{9,}-\d{9,}$")
 """What the key of a segment has behind that of its video."""
 
@@ -48,24 +50,25 @@ def groups_of(keys: Sequence[str], rule: str | None) -> list[str]:
     return groups
 
 
-def parts_of(groups: Sequence[str], labels: Sequence[int], weights: Sequence[float], seed: int) -> np.ndarray:
+def parts_of(groups: Sequence[str], labels: Sequence[Sequence[int]], weights: Sequence[float], seed: int) -> np.ndarray:
     """Returns `(samples,)` numbers of the parts that samples go to.
 
     Args:
         groups: The group of each sample.
-        labels: The class of each sample; all alike in an unlabelled set.
+        labels: The classes of each sample, one or any number; none in an unlabelled set.
         weights: The weight of each part.
         seed: Chooses among equals.
     """
     members: dict[str, list[int]] = {}
     for number, group in enumerate(groups):
         members.setdefault(group, []).append(number)
-    totals = Counter(labels)
+    labels = [own or (NO_CLASS,) for own in labels]
+    totals = Counter(label for own in labels for label in own)
     held: list[Counter[int]] = [Counter() for _ in weights]
     sizes = [0] * len(weights)
     parts = np.empty(len(groups), dtype=np.int64)
     for group in sorted(members, key=lambda group: (-len(members[group]), key_for(seed, group, "part"))):
-        counts = sorted(Counter(labels[number] for number in members[group]).items())
+        counts = sorted(Counter(label for number in members[group] for label in labels[number]).items())
 
         def fullness(part: int, counts: list[tuple[int, int]] = counts) -> tuple[float, float]:
             of_classes = (

@@ -14,7 +14,7 @@ import numpy as np
 FORMAT_VERSION = 2
 """The newest format that is read."""
 PLAIN_FORMAT_VERSION = 1
-"""The format of a set whose samples have no splits; older versions of Tubelet read it too."""
+"""The format of a set without splits and with one label a sample; older versions of Tubelet read it too."""
 INDEX_NAME = "index.json"
 LARGEST = 2**53
 """No size, offset or count is larger."""
@@ -47,7 +47,8 @@ class ShardIndex:
     `checksums` are CRC-32s over the stretch of the tar that a read takes: from where the JSON's bytes start to where
     the video's end. `heights` and `widths` are those of the stored frames, in pixels; None in an index that was written
     before it told them. `splits` are the names of the splits that a sample is in, with spaces between; None where
-    packing was told of none.
+    packing was told of none. `label_lists` are the class numbers of each sample, ascending, of a multi-label set, which
+    has no `labels`.
     """
 
     keys: Sequence[str]
@@ -62,12 +63,14 @@ class ShardIndex:
     heights: Sequence[int] | None = None
     widths: Sequence[int] | None = None
     splits: Sequence[str] | None = None
+    label_lists: Sequence[Sequence[int]] | None = None
 
     def to_bytes(self) -> bytes:
         """Returns the content of the `.idx` file; equal indexes give equal bytes."""
         columns = dataclasses.asdict(self)
-        if self.splits is None:
-            del columns["splits"]  # so that older versions read the index too
+        for name in ("splits", "label_lists"):
+            if columns[name] is None:
+                del columns[name]  # so that older versions read the index too
         return (json.dumps(columns, separators=(",", ":")) + "\n").encode()
 
     @classmethod
@@ -111,8 +114,9 @@ class ShardIndex:
         Args:
             classes: How many classes the set has, 0 if it is unlabelled.
         """
-        if (self.labels is not None) != bool(classes):
-            differs = "labels, but the set has no classes" if self.labels else "no labels, but the set has classes"
+        labelled = self.labels is not None or self.label_lists is not None
+        if labelled != bool(classes):
+            differs = "labels, but the set has no classes" if labelled else "no labels, but the set has classes"
             yield None, f"has {differs}"
         frames, rates = np.asarray(self.frames), np.asarray(self.frame_rates)
         wrong = (frames < 1) | ~((rates >= SLOWEST) & (rates <= FASTEST))
@@ -121,9 +125,12 @@ class ShardIndex:
         if self.labels is not None and classes:
             for row in np.flatnonzero(np.asarray(self.labels) >= classes).tolist():
                 yield self.keys[row], f"has label {self.labels[row]}, but the classes are 0 to {classes - 1}"
+        for row, numbers in enumerate(self.label_lists or ()):
+            if numbers and max(numbers) >= classes > 0:
+                yield self.keys[row], f"has label {max(numbers)}, but the classes are 0 to {classes - 1}"
 
 
-MAY_BE_NONE = ("labels", "heights", "widths", "splits")
+MAY_BE_NONE = ("labels", "heights", "widths", "splits", "label_lists")
 OF_TEXT = ("keys", "splits")
 
 
@@ -151,6 +158,8 @@ def check_set_index(content: dict[str, Any]) -> None:
         "shards": ("a list of shards", lambda value: isinstance(value, list) and bool(value)),
     }
     _check_fields(content, required, "")
+    if "multi_label" in content:
+        _check_fields(content, {"multi_label": ("true or false", lambda value: isinstance(value, bool))}, "")
     if "samples" in content:
         _check_fields(content, {"samples": ("a number of samples", _is_whole)}, "")
     for number, shard in enumerate(content["shards"]):
@@ -176,6 +185,10 @@ def _check_fields(content: dict[str, Any], fields: dict[str, Any], above: str) -
 def _check_column(name: str, column: Any) -> None:
     if not isinstance(column, list):
         raise ValueError(f"{name} is {reprlib.repr(column)}, not a list")
+    if name == "label_lists":
+        for row in column:
+            _check_column("labels", row)
+        return
     kinds = (str,) if name in OF_TEXT else (int, float) if name == "frame_rates" else (int,)
     if not set(map(type, column)) <= set(kinds):
         wrong = next(value for value in column if type(value) not in kinds)

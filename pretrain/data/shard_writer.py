@@ -28,7 +28,7 @@ class PackedSample:
     Attributes:
         key: Its key.
         source: The path it came from.
-        label: Its class number.
+        label: Its class number, or its class numbers in a multi-label set.
         video: The video.
         segment: What was cut out of its source, if not all.
         splits: The splits of the data set that it is in, if packing was told of any.
@@ -36,7 +36,7 @@ class PackedSample:
 
     key: str
     source: str
-    label: int | None
+    label: int | tuple[int, ...] | None
     video: Transcoded
     segment: Segment | None = None
     splits: tuple[str, ...] = ()
@@ -56,7 +56,9 @@ class PackedSample:
             metadata |= {"start": self.segment.start_ms / 1000, "end": self.segment.end_ms / 1000}
         if self.splits:
             metadata |= {"splits": list(self.splits)}
-        label = {} if self.label is None else {"cls": str(self.label).encode()}
+        if isinstance(self.label, tuple):
+            metadata |= {"labels": list(self.label)}
+        label = {"cls": str(self.label).encode()} if isinstance(self.label, int) else {}
         return {"__key__": self.key, "json": json.dumps(metadata).encode(), "mp4": video.video, **label}
 
 
@@ -110,9 +112,10 @@ def index_tar(path: Path) -> ShardIndex:
     with open(path, "rb") as file:
         rows = [_row(path, file, key, members) for key, members in samples.items()]
     columns = {name: [row[name] for row in rows] for name in rows[0]}
-    labels, splits = columns.pop("labels"), columns.pop("splits")
+    labels, splits, label_lists = (columns.pop(name) for name in ("labels", "splits", "label_lists"))
     return ShardIndex(
         labels=labels if any(label is not None for label in labels) else None,
+        label_lists=label_lists if any(row is not None for row in label_lists) else None,
         splits=splits if any(splits) else None,
         **columns,
     )
@@ -129,7 +132,7 @@ def _row(path: Path, file: Any, key: str, members: dict[str, tarfile.TarInfo]) -
         metadata = json.loads(stretch[: metadata_member.size])
         frames, frame_rate = metadata["frames"], metadata["frame_rate"]
         height, width = metadata["height"], metadata["width"]
-        splits = " ".join(metadata.get("splits", ()))
+        splits, label_list = " ".join(metadata.get("splits", ())), metadata.get("labels")
         label = None
         if "cls" in members:
             file.seek(members["cls"].offset_data)
@@ -151,4 +154,5 @@ def _row(path: Path, file: Any, key: str, members: dict[str, tarfile.TarInfo]) -
         "heights": height,
         "widths": width,
         "splits": splits,
+        "label_lists": label_list,
     }

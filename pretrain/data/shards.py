@@ -43,7 +43,7 @@ class Sample:
     Attributes:
         key: Its name in the shard, unique in the set.
         video: The bytes of the mp4 file.
-        label: The number of its class, None in an unlabelled set.
+        label: The number of its class, None in an unlabelled or a multi-label set.
         frames: How many frames the video holds.
         frame_rate: Frames per second of the stored video.
         metadata: The JSON member: "source" (the path it was packed from), frames, frame_rate, height, width, duration.
@@ -69,6 +69,7 @@ class ShardSet:
     Attributes:
         folder: Where the shards are: a folder, or what stands for a URL.
         classes: The names of the classes; empty if the set is unlabelled.
+        multi_label: Whether a sample has any number of labels, also none, instead of one.
         frame_rate: Frames per second of every video, None if each kept its own.
         short_side: The largest short side, in pixels, of any stored video.
         resampled: Whether packing set the frame rate (`--fps`).
@@ -86,6 +87,7 @@ class ShardSet:
         """Takes the parsed `index.json`; use `ShardSet.open`, which checks it."""
         self.folder = folder
         self.classes: tuple[str, ...] = tuple(content["classes"])
+        self.multi_label: bool = content.get("multi_label", False)
         self.frame_rate: float | None = content["frame_rate"]
         self.short_side: int = content["short_side"]
         self.resampled: bool = content["resampled"]
@@ -140,7 +142,7 @@ class ShardSet:
 
     @property
     def labelled(self) -> bool:
-        """Whether every sample has a label."""
+        """Whether every sample has a label, or any number of them in a multi-label set."""
         return bool(self.classes)
 
     def __len__(self) -> int:
@@ -176,13 +178,36 @@ class ShardSet:
         """Returns the label of every sample, in order of sample number; reads the `.idx` files, never a shard.
 
         Raises:
+            Refused: The set is unlabelled, or its samples have several labels.
+        """
+        if self.multi_label:
+            raise Refused(f"{self.folder}: its samples have any number of labels; pack it with one label for each")
+        self._refuse_unlabelled()
+        return [label for shard in range(len(self.shards)) for label in self._load_index(shard).labels or ()]
+
+    def label_lists(self) -> list[tuple[int, ...]]:
+        """Returns the labels of every sample, one or any number, in order of sample number.
+
+        Raises:
             Refused: The set is unlabelled.
         """
+        if not self.multi_label:
+            return [(label,) for label in self.labels()]
+        return [tuple(row) for shard in range(len(self.shards)) for row in self._load_index(shard).label_lists or ()]
+
+    def label(self, number: int) -> int | tuple[int, ...] | None:
+        """Returns the label of a sample; all of them in a multi-label set; None in an unlabelled one."""
+        shard, row = self.locate(number)
+        index = self.shard_index(shard)
+        if index.label_lists is not None:
+            return tuple(index.label_lists[row])
+        return None if index.labels is None else index.labels[row]
+
+    def _refuse_unlabelled(self) -> None:
         if not self.labelled:
             raise Refused(
                 f"{self.folder}: these shards have no labels; pack them from a folder of class folders or with --list"
             )
-        return [label for shard in range(len(self.shards)) for label in self._load_index(shard).labels or ()]
 
     def read(self, number: int) -> Sample:
         """Reads a sample with one ranged read.

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pretrain.data.annotations import Annotation, read_annotations
 from pretrain.data.class_names import matches_name, read_classes, read_lines
+from pretrain.data.label_lists import classes_of_labels, numbers_of_classes, read_label_lists
 from pretrain.data.segments import Segment
 from pretrain.errors import Refused
 
@@ -37,13 +38,13 @@ class Source:
 
     Attributes:
         path: Its path relative to the root (as listed, if it lies elsewhere).
-        label: Its class number; None if unlabelled.
+        label: Its class number, or its class numbers, ascending, where each video has any number; None if unlabelled.
         segment: What to cut out of it; None for all of it.
         splits: The splits of the data set that it is in, if several are packed.
     """
 
     path: str
-    label: int | None = None
+    label: int | tuple[int, ...] | None = None
     segment: Segment | None = None
     splits: tuple[str, ...] = ()
 
@@ -64,6 +65,7 @@ class Sources:
         classes: The names of the classes; empty if unlabelled.
         ignored: How many other files the folder holds.
         outside: A video that lies in no class folder, for which the others that do have no labels either.
+        multi_label: Whether each video has any number of labels instead of one.
     """
 
     root: Path
@@ -71,6 +73,7 @@ class Sources:
     classes: tuple[str, ...]
     ignored: int = 0
     outside: str | None = None
+    multi_label: bool = False
 
 
 def find_sources(
@@ -80,6 +83,7 @@ def find_sources(
     unlabelled: bool = False,
     annotations: str | Path | None = None,
     split: str | None = None,
+    multi_label: bool = False,
 ) -> Sources:
     """Finds the videos to pack.
 
@@ -91,6 +95,7 @@ def find_sources(
         unlabelled: Whether to pack without labels; a list file then holds paths, and labels after them are dropped.
         annotations: The annotation file of a data set whose videos lie in the folder.
         split: Which split of the annotation file, or `all` of them.
+        multi_label: Whether the list file gives each video any number of labels; see `label_lists.py`.
 
     Raises:
         Refused: An input is missing, empty or unreadable, a line has no label, a label is no class, a path is repeated,
@@ -99,8 +104,14 @@ def find_sources(
     names = read_classes(classes) if classes is not None else None
     if folder is not None and not os.path.isdir(folder):
         raise Refused(f"{folder}: no such folder; name a folder of videos")
+    if multi_label and list_file is None:
+        raise Refused(
+            "multi_label: needs a list of `path label;label` lines, or a CSV file of them; name it with --list"
+        )
     if list_file is not None:
         root = Path(folder) if folder is not None else Path(list_file).parent
+        if multi_label:
+            return _from_label_lists(Path(list_file), root, names)
         return _from_list(Path(list_file), root, names, unlabelled)
     if annotations is not None and folder is not None:
         return _from_annotations(Path(annotations), Path(folder), split, names, unlabelled)
@@ -220,6 +231,22 @@ def _from_list(list_file: Path, root: Path, names: tuple[str, ...] | None, unlab
     return Sources(
         root, tuple(Source(path, numbers[label]) for _, path, label in sorted(entries, key=_by_path)), classes
     )
+
+
+def _from_label_lists(list_file: Path, root: Path, names: tuple[str, ...] | None) -> Sources:
+    entries = read_label_lists(list_file)
+    classes = names if names is not None else classes_of_labels([one for _, _, labels in entries for one in labels])
+    numbers = numbers_of_classes(classes)
+    videos: dict[str, Source] = {}
+    for place, path, labels in entries:
+        strange = next((label for label in labels if label not in numbers), None)
+        if strange is not None:
+            raise Refused(f"{place}: label {strange!r} is none of the {len(classes)} classes; correct it or --classes")
+        path = _relative(path, root)
+        if path in videos:
+            raise Refused(f"{place}: {path} stands on a line before already; write all of its labels on one line")
+        videos[path] = Source(path, tuple(sorted({numbers[label] for label in labels})))
+    return Sources(root, tuple(videos[path] for path in sorted(videos)), classes, multi_label=True)
 
 
 def _from_annotations(

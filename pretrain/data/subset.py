@@ -65,6 +65,10 @@ class Subset(ShardSet):
         """Returns the label of every sample, in order of sample number; raises `Refused` if there are none."""
         return self._chosen(super().labels())
 
+    def label_lists(self) -> list[tuple[int, ...]]:
+        """Returns the labels of every sample, one or any number; raises `Refused` if there are none."""
+        return self._chosen(super().label_lists()) if self.multi_label else super().label_lists()
+
     def _chosen(self, values: list[Any]) -> list[Any]:
         return [values[number] for number in self.numbers.tolist()]
 

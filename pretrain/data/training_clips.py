@@ -64,10 +64,13 @@ class Costs(NamedTuple):
 
 
 class LoadedSample(NamedTuple):
-    """What comes of a request: R clips, each `(T, H, W, C)` uint8, and what `Batch` tells of them."""
+    """What comes of a request: R clips, each `(T, H, W, C)` uint8, and what `Batch` tells of them.
+
+    The label is 1 for each class of the sample and 0 for the others in a multi-label set.
+    """
 
     clips: list[torch.Tensor]
-    label: int
+    label: int | list[float]
     visible: np.ndarray
     masked: np.ndarray
     key: str
@@ -105,6 +108,14 @@ def clip_frames(
     """
     key = clip_key(seed, request, repeat if config.time_windows == "own" else 0, "time")
     return training_frames(config.clip, frames, frame_rate, key)
+
+
+def label_of(shards: ShardSet, number: int) -> int | list[float]:
+    """Returns the class number of a sample, -1 without one; in a multi-label set a number for each class, 1 or 0."""
+    label = shards.label(number)
+    if isinstance(label, tuple):
+        return [float(one in label) for one in range(len(shards.classes))]
+    return -1 if label is None else label
 
 
 class TrainingClips(Dataset):
@@ -170,7 +181,7 @@ class TrainingClips(Dataset):
         with meter.timing("cut_s"):
             clips = [self._cut(frames, request, repeat) for repeat, frames in enumerate(shown)]
             visible, masked = self._masks(request)
-        label = -1 if sample.label is None else sample.label
+        label = label_of(self.sets[request.set_number], number)
         return LoadedSample(clips, label, visible, masked, sample.key, padded, skipped, meter.costs())
 
     def decoded(

@@ -24,7 +24,7 @@ class Views(NamedTuple):
     Attributes:
         sample: The sample number.
         clips: `(views, T, H, W, C)` uint8; zeros where the sample cannot be decoded.
-        label: Its class number, -1 where it has none.
+        label: Its class number, or its class numbers in a multi-label set; -1 in an unlabelled one.
         key: Its key.
         error: Why it cannot be decoded, or None.
         counted: False for a filler that only keeps ranks in step.
@@ -32,7 +32,7 @@ class Views(NamedTuple):
 
     sample: int
     clips: torch.Tensor
-    label: int
+    label: int | tuple[int, ...]
     key: str
     error: str | None
     counted: bool
@@ -70,9 +70,8 @@ class EvaluationViews(Dataset):
     def __getitem__(self, item: tuple[int, bool]) -> Views:
         """Returns the views of sample number `item[0]`; `item[1]` tells whether it counts."""
         number, counted = item
-        shard, row = self.shards.locate(number)
-        index = self.shards.shard_index(shard)
-        key, label = index.keys[row], -1 if index.labels is None else index.labels[row]
+        key, label = self.shards.key(number), self.shards.label(number)
+        label = -1 if label is None else label
         try:
             sample = self.shards.read(number)
             reader = open_video_apart(sample.video, self.decoder, self.decode_limit_s)

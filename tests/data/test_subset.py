@@ -2,12 +2,14 @@
 
 import json
 import pickle
+import re
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from pretrain.data.inspection import InspectConfig, inspect
 from pretrain.data.order import Order
 from pretrain.data.pack import PackConfig, pack
 from pretrain.data.pack_merge import MergeConfig, merge
@@ -53,6 +55,11 @@ def sources(shards: ShardSet) -> set[int]:
 def test_a_split_holds_the_videos_of_its_list_that_can_be_decoded(shards):
     for split, numbers in SPLITS.items():
         assert sources(split_of(shards, split)) == {number for number in numbers if number != 3}
+
+
+def test_inspection_counts_the_samples_of_each_split(shards, annotated, capsys):
+    inspect(InspectConfig(str(annotated / "shards")))
+    assert re.search(r"splits +test1 1, train1 3, train2 2 ", capsys.readouterr().out)
 
 
 def test_parts_of_a_pack_note_splits_too_and_the_json_of_a_sample_holds_them(annotated, shards):
