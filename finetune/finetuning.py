@@ -10,12 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from timm.data import Mixup
-from timm.loss import SoftTargetCrossEntropy
-from torch import Tensor, nn
+from torch import nn
 
 from finetune.classifier import Classifier, ModelDescription, save_classifier
-from finetune.config import FinetuneConfig, MixingConfig, ViewsConfig
+from finetune.config import FinetuneConfig, ViewsConfig
 from finetune.evaluate import (
     check_classes,
     check_training_labels,
@@ -29,11 +27,11 @@ from finetune.figures import Evaluation
 from finetune.freezing import freeze
 from finetune.hardest import hardest_videos
 from finetune.multi_label import LabelsEvaluation
+from finetune.objective import build_objective
+from finetune.starting_point import Start, build_classifier, starting_point
 from pretrain.agreement import agreed_inputs, fingerprints, open_inputs
 from pretrain.data.balanced import SampleOrder
-from pretrain.data.clips import ClipConfig
-from pretrain.data.loader import Batch
-from pretrain.data.packed_clips import PackedBatch, PackedTrainingClips, grid_of_sample
+from pretrain.data.packed_clips import PackedTrainingClips, grid_of_sample
 from pretrain.data.shards import ShardSet
 from pretrain.data.training_clips import TrainingClips
 from pretrain.engine.checks import Check
@@ -41,12 +39,10 @@ from pretrain.engine.distributed import Processes
 from pretrain.engine.run import Run
 from pretrain.engine.saving import Exported, whole_weights
 from pretrain.engine.tracking import METRICS, read_metrics
-from pretrain.engine.trainer import Objective
 from pretrain.errors import Refused
 from pretrain.files import sha256_of_file
 from pretrain.identity import named_fields
 from pretrain.model.encoder import EncoderConfig
-from pretrain.packing import validate_packed, visible_tokens
 from pretrain.report import Figure, Section, write_report
 from pretrain.sets import RunSets, open_run_sets, save_division
 from pretrain.stage import (
@@ -61,29 +57,8 @@ from pretrain.stage import (
     train,
     validate,
 )
-from pretrain.weights import (
-    find_encoder,
-    fit_to_clips,
-    load_encoder,
-    load_encoder_weights,
-    refuse_other_architecture,
-)
 
 logger = logging.getLogger(__name__)
-
-
-class Start(NamedTuple):
-    """What training starts from.
-
-    Attributes:
-        architecture: The encoder's architecture.
-        folder: The pretrained encoder's folder; None from scratch.
-        weights: Its weights; none from scratch.
-    """
-
-    architecture: EncoderConfig
-    folder: Path | None
-    weights: dict[str, Tensor]
 
 
 class Inputs(NamedTuple):
@@ -250,114 +225,6 @@ def training_clips(
     if held_out:
         grid_of_sample(held_out, 0, description.packed)
     return PackedTrainingClips(shards, config.data, config.seed, description.packed)
-
-
-def starting_point(config: FinetuneConfig) -> Start:
-    """Returns the pretrained encoder that `config.encoder` names, or the architecture to train from scratch.
-
-    Raises:
-        Refused: The encoder is of another architecture, its clips are of another shape, or the architecture cannot be.
-    """
-    source = config.source()
-    if isinstance(source, EncoderConfig):
-        validate_architecture(config, source, "architecture")
-        return Start(source.resolved(), None, {})
-    folder = find_encoder(source)
-    pretrained = load_encoder(folder)
-    architecture = pretrained.architecture
-    refuse_other_architecture("architecture", folder, architecture, config.architecture or architecture)
-    validate_architecture(config, architecture, f"{folder / 'config.json'}: encoder")
-    return Start(architecture, folder, fit_to_clips(pretrained, folder, config.data.clip, config.data.packing))
-
-
-def validate_architecture(config: FinetuneConfig, architecture: EncoderConfig, field: str) -> None:
-    """Raises `Refused` for an encoder that cannot be, or cannot see the run's clips; `field` is its name."""
-    clip = config.data.clip
-    if config.data.packing is None:
-        architecture.validate(clip.frames, clip.size, field)
-    else:
-        validate_packed(config.data, architecture, field)
-
-
-def build_classifier(description: ModelDescription, start: Start) -> Classifier:
-    """Returns a classifier with a fresh head; raises `Refused` if the encoder's weights do not fit its description."""
-    encoder = description.build_encoder()
-    if start.folder:
-        load_encoder_weights(encoder, start.weights, start.folder)
-    return description.build(encoder)
-
-
-def build_objective(
-    mixing: MixingConfig, clip: ClipConfig, classes: int, packed: bool = False, multi_label: bool = False
-) -> Objective:
-    """Returns the loss of a batch: cross-entropy with label smoothing, over mixed clips if the recipe mixes.
-
-    Of a multi-label set it is the binary cross-entropy of each class, whose labels are smoothed towards a half.
-
-    Logits are taken in full precision, whatever the model computes in. A packed batch holds as many clips as another,
-    so its mean needs no count of others.
-    """
-    if packed:
-        return functools.partial(
-            packed_classification_loss, nn.CrossEntropyLoss(label_smoothing=mixing.label_smoothing)
-        )
-    if multi_label and not mixing.mixes:
-        return lambda model, batch: binary_entropy(model(batch.clips), smoothed(batch.labels, mixing.label_smoothing))
-    if not mixing.mixes:
-        entropy = nn.CrossEntropyLoss(label_smoothing=mixing.label_smoothing)
-        return lambda model, batch: entropy(model(batch.clips).float(), batch.labels)
-    mixup = Mixup(
-        mixup_alpha=mixing.mixup,
-        cutmix_alpha=mixing.cutmix,
-        prob=mixing.probability,
-        switch_prob=mixing.switch_probability,
-        label_smoothing=mixing.label_smoothing,
-        num_classes=classes,
-        multi_label=multi_label,
-    )
-    entropy_of = binary_entropy if multi_label else SoftTargetCrossEntropy()
-
-    def objective(model: nn.Module, batch: Batch) -> Tensor:
-        clips, targets = mix(mixup, batch, clip)
-        return entropy_of(model(clips).float(), targets)
-
-    return objective
-
-
-def binary_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Returns the mean binary cross-entropy over classes, from 0 to 1 in `(B, K)` targets."""
-    return nn.functional.binary_cross_entropy_with_logits(logits.float(), targets)
-
-
-def smoothed(labels: Tensor, smoothing: float) -> Tensor:
-    """Returns `(B, K)` labels of 1 and 0 that are drawn to a half by a share, as timm's Mixup draws them."""
-    return labels * (1 - smoothing) + smoothing / 2
-
-
-def packed_classification_loss(entropy: nn.Module, model: nn.Module, batch: PackedBatch) -> Tensor:
-    """Returns the mean loss of the clips of packed sequences."""
-    logits = model(visible_tokens(batch), clips=batch.labels.shape[1])
-    return entropy(logits.flatten(0, 1).float(), batch.labels.flatten())
-
-
-def mix(mixup: Mixup, batch: Batch, clip: ClipConfig) -> tuple[Tensor, Tensor]:
-    """Mixes clips with timm's Mixup, which knows images: all frames of a clip are its channels.
-
-    Returns:
-        Normalised float clips `(B, T, H, W, C)` and soft targets `(B, classes)`.
-    """
-    mean, std = (colour_constants(part, batch.clips.device) for part in (clip.mean, clip.std))
-    normalised = (batch.clips.float() / 255 - mean) / std
-    B, T, H, W, C = normalised.shape
-    images = normalised.permute(0, 1, 4, 2, 3).reshape(B, T * C, H, W)
-    mixed, targets = mixup(images, batch.labels)
-    return mixed.view(B, T, C, H, W).permute(0, 1, 3, 4, 2).contiguous(), targets
-
-
-@functools.cache
-def colour_constants(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Returns a constant for each colour channel on the device; it is copied there once, since a copy waits for it."""
-    return torch.tensor(values, device=device)
 
 
 def accuracy_on(

@@ -62,7 +62,7 @@ def packing_of_run(config: RunConfig) -> Packing | None:
     if config.data.packing is None:
         return None
     if isinstance(config, FinetuneConfig):
-        from finetune.finetuning import starting_point  # with all that trains, which no other list needs
+        from finetune.starting_point import starting_point  # with all that trains, which no other list needs
 
         return packing_of(config.data, starting_point(config).architecture.tubelet)
     assert isinstance(config, PretrainConfig), "there are two stages"

@@ -10,8 +10,9 @@ from torch import nn
 
 from finetune.classifier import Classifier, ModelDescription
 from finetune.config import FinetuneConfig
-from finetune.finetuning import build_objective, starting_point
 from finetune.freezing import freeze
+from finetune.objective import build_objective
+from finetune.starting_point import starting_point
 from pretrain.config import PretrainConfig, RunConfig
 from pretrain.data.loader import Batch
 from pretrain.data.packed_clips import PackedBatch

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from timm.data import Mixup
 
 from finetune.config import FinetuneConfig, MixingConfig
-from finetune.finetuning import build_objective, finetune, mix
+from finetune.finetuning import finetune
+from finetune.objective import build_objective, mix
 from launch.cli import main
 from pretrain.commandline import parse
 from pretrain.data.clips import ClipConfig

@@ -9,8 +9,8 @@ import torch
 import webdataset
 
 from finetune.config import MixingConfig
-from finetune.finetuning import build_objective
 from finetune.multi_label import ScoredVideo, evaluate_labels
+from finetune.objective import build_objective
 from launch.cli import main
 from pretrain.data.check import CheckConfig, check
 from pretrain.data.clips import ClipConfig

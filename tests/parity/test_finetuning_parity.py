@@ -12,7 +12,7 @@ from timm.optim import param_groups_layer_decay
 
 from finetune.classifier import Classifier
 from finetune.config import HeadConfig, MixingConfig
-from finetune.finetuning import build_objective, mix
+from finetune.objective import build_objective, mix
 from pretrain.data.clips import ClipConfig
 from pretrain.data.loader import Batch
 from pretrain.engine.optimizer import OptimizerConfig, build_optimizer
