@@ -4,7 +4,7 @@ PYTHON ?= python3
 N ?= 200
 BIN := .venv/bin
 
-.PHONY: help demo test test-drills test-cluster drill lint bench bench-model bench-data bench-finetune clean
+.PHONY: help demo test test-pages test-drills test-cluster drill lint bench bench-model bench-data bench-finetune bench-probe clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -21,6 +21,9 @@ demo: .venv/installed ## make videos, pretrain, finetune, and write runs/demo/re
 
 test: .venv/installed ## run the tests
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+
+test-pages: .venv/installed ## open every page in a headless Chromium, at two widths, light and dark
+	@$(BIN)/python -m pytest tests/pages
 
 test-drills: .venv/installed ## run the drills that take minutes: DeepSpeed, signals, W&B, kills within saves, other numbers of processes
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup tests/drills/long
@@ -53,6 +56,9 @@ bench-data: .venv/installed ## measure the data path and what sets its speed, as
 
 bench-finetune: .venv/installed ## measure a finetuning step against transformers, and multi-view decoding; some minutes
 	@$(BIN)/python -m tests.benchmarks.finetune_step
+
+bench-probe: .venv/installed ## measure whether k-NN accuracy during pretraining tells the finetuned accuracy; a quarter of an hour
+	@$(BIN)/python -m tests.benchmarks.knn_and_finetuning
 
 clean: ## remove .venv and runs
 	rm -rf .venv runs
