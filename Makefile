@@ -7,7 +7,7 @@ BIN := .venv/bin
 .PHONY: help demo test test-pages test-drills test-cluster drill lint bench bench-model bench-data bench-finetune bench-probe clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 .venv/installed: pyproject.toml
 	@test -d .venv || $(PYTHON) -m venv .venv
