@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
+import psutil
 import torch
 import torch.distributed
 from torch.distributed.rendezvous import rendezvous
@@ -102,6 +103,22 @@ def device_here(precision: Precision) -> Device:
     if precision == "bf16" and torch.version.hip is None and capability < FIRST_WITH_BF16:
         problem = f"precision: bf16 is more than the GPU can do ({name}); use fp16 or fp32"
     return Device(host, "cuda", name, problem)
+
+
+def missing_interface() -> str | None:
+    """Returns what is wrong where gloo is told to use a network interface that this node lacks, with the remedy.
+
+    gloo would find out when the process group is made, at which other ranks may wait for this one in vain.
+    """
+    there = psutil.net_if_addrs()
+    named = filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(","))
+    missing = [name for name in named if name not in there]
+    if not missing:
+        return None
+    return (
+        f"network: GLOO_SOCKET_IFNAME names {missing[0]}, which this node lacks (it has {', '.join(sorted(there))}); "
+        f"name the interface that joins the nodes"
+    )
 
 
 def refuse_unfit(devices: Sequence[Device]) -> None:

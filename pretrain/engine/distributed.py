@@ -20,7 +20,15 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from pretrain.engine.devices import Precision, agree_on_devices, device_here, host_name, network_told, refuse_unfit
+from pretrain.engine.devices import (
+    Precision,
+    agree_on_devices,
+    device_here,
+    host_name,
+    missing_interface,
+    network_told,
+    refuse_unfit,
+)
 from pretrain.engine.failures import told_by_main
 from pretrain.errors import Refused, TubeletError
 
@@ -115,7 +123,8 @@ class Processes:
     def _compare_devices(self, precision: Precision, meet_within_s: float | None, problem: str | None) -> Any:
         """Raises where ranks have problems or their devices do not fit; returns the store in which they were told."""
         here = device_here(precision)
-        here = here._replace(problem=problem or here.problem)
+        interface = missing_interface() if launched_world() > 1 else None
+        here = here._replace(problem=problem or here.problem or interface)
         try:
             if launched_world() > 1 and {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
                 return agree_on_devices(here, meet_within_s)

@@ -42,6 +42,11 @@ def pack(lists: list[Path], out: Path) -> Path:
     return shards
 
 
+def length(epochs: int) -> list[object]:
+    """Returns the options of a run of so many epochs, of which the first tenth warms up."""
+    return ["--epochs", epochs, "--optimizer.warmup_epochs", epochs / 10]
+
+
 def is_evaluated(folder: Path) -> bool:
     """Whether a run or a probe has left its predictions."""
     return (folder / "predictions.jsonl").exists()
@@ -51,11 +56,11 @@ def one_fold(fold: int, shards: Path, out: Path, options: argparse.Namespace) ->
     """Makes all runs of a fold; returns their folders by what they are."""
     held_out = ["--data.shards", shards, "--validation.folds", FOLDS, "--validation.fold", fold]
     encoder = out / "pretrain"
-    run("pretrain", "--config", "ti_112", *held_out, "--epochs", options.pretraining_epochs, "--out", encoder)
+    run("pretrain", "--config", "ti_112", *held_out, *length(options.pretraining_epochs), "--out", encoder)
     splits = ["--train", shards, "--train_split", encoder / "split" / "training.txt"]
     splits += ["--test", shards, "--test_split", encoder / "split" / "validation.txt"]
     found = {}
-    for name, flags in (("pretrained", []), ("untrained", ["--untrained", "true"])):
+    for name, flags in (("pretrained", []), ("untrained", ["--untrained"])):
         folder = out / f"probe-{name}"
         for kind, title in KINDS.items():
             found[f"{title}, {name}"] = folder / kind
@@ -67,7 +72,7 @@ def one_fold(fold: int, shards: Path, out: Path, options: argparse.Namespace) ->
     }
     for number, (name, start) in enumerate(starts.items()):
         found[name] = out / ("scratch" if number else "finetuned")
-        epochs = ["--epochs", options.finetuning_epochs]
+        epochs = length(options.finetuning_epochs)
         run("finetune", "--config", "ti_112", *held_out, *start, *epochs, "--out", found[name])
     return found
 

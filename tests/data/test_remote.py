@@ -110,7 +110,7 @@ def test_what_a_server_does_once_is_survived(quick, server, cache, packed_shards
     shards = ShardSet.open(server.url, cache=cache)
     assert shards.read(4) == ShardSet.open(packed_shards).read(4)
     assert (server.asked[name], server.sent[name]) == (2, 1)
-    (said,) = [message for message in caplog.messages if name in message]
+    (said,) = [message for message in caplog.messages if f"{server.url}/{name}" in message]
     assert re.search(r"127\.0\.0\.1:\d+/[\w.-]+: cannot be fetched \(.+\); trying again in", said)
 
 

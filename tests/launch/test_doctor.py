@@ -173,9 +173,8 @@ def test_a_network_interface_that_is_not_there_is_refused_in_one_line_with_its_n
     ended = run("launch", ["doctor"], tmp_path, world=2, environment={"GLOO_SOCKET_IFNAME": "nowhere0"})
     assert ended.codes == [2, 2], ended.text
     (line,) = [line for line in ended.text.splitlines() if line.startswith("tubelet:")]
-    assert line.startswith(
-        "tubelet: network: Unable to find address for: nowhere0; see that the nodes reach each other"
-    )
+    assert line.startswith("tubelet: network: GLOO_SOCKET_IFNAME names nowhere0, which this node lacks (it has ")
+    assert line.endswith("; name the interface that joins the nodes")
     assert "Traceback" not in ended.text
 
 

@@ -239,7 +239,7 @@ def test_tokens_that_nobody_wants_are_not_computed_and_the_others_stay_the_same(
     tokens, lengths = torch.randn(2, 7, 24, requires_grad=True), []
     blocks[-1].mlp.register_forward_hook(lambda mlp, inputs, output: lengths.append(output.shape[1]))
     for wanted in (3, 7):
-        last, whole = blocks(tokens, wanted=wanted), blocks(tokens)[:, -wanted:]
+        last, whole = blocks(tokens, wanted=slice(-wanted, None)), blocks(tokens)[:, -wanted:]
         assert lengths[-2:] == [wanted, 7]
         torch.testing.assert_close(last, whole, atol=1e-5, rtol=1e-5)
         (gradient,), (expected,) = (torch.autograd.grad(out.square().sum(), tokens) for out in (last, whole))

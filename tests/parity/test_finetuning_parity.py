@@ -87,10 +87,9 @@ def test_each_frame_is_mixed_as_timm_mixes_a_batch_of_such_pictures(batch, mixin
 
 def test_the_recipe_reaches_timm_whole(batch, monkeypatch):
     given: dict = {}
-    monkeypatch.setattr("finetune.finetuning.Mixup", lambda **options: given.update(options))
+    monkeypatch.setattr("finetune.objective.Mixup", lambda **options: given.update(options))
     mixing = MixingConfig(mixup=0.3, cutmix=0.6, probability=0.7, switch_probability=0.4, label_smoothing=0.2)
     build_objective(mixing, ClipConfig(), classes=5)
     ours = list(dataclasses.asdict(mixing).values())
-    assert given == dict(
-        zip(("mixup_alpha", "cutmix_alpha", "prob", "switch_prob", "label_smoothing"), ours, strict=True), num_classes=5
-    )
+    names = ("mixup_alpha", "cutmix_alpha", "prob", "switch_prob", "label_smoothing")
+    assert given == dict(zip(names, ours, strict=True), num_classes=5, multi_label=False)
