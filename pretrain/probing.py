@@ -65,6 +65,11 @@ def open_probe_sets(config: PretrainConfig) -> ProbeSets | None:
     if config.probe.asked is not None:
         asked = open_labelled("probe.asked", config.probe.asked, data.clip, data.cache)
         refuse_other_classes("probe.asked", asked, "probe.shards", known)
+        if asked.fingerprint == known.fingerprint:
+            logger.warning(
+                "probe.asked: is the set that probe.shards names, so each video is its own nearest neighbour; leave it "
+                "out, and each asks all others"
+            )
         return ProbeSets(known, asked)
     single = [name for name, count in zip(known.classes, counts, strict=True) if count == 1]
     if single:

@@ -144,3 +144,11 @@ def test_a_class_of_one_video_is_told(command, monkeypatch):
     open_probe_sets(parse(PretrainConfig, "pretrain", [*command[1:], "--probe.samples", "3"]))
     (said,) = told
     assert said.startswith("probe.shards: jump: one video each among the 3 that are used")
+
+
+def test_a_set_that_asks_itself_is_told(command, packed_shards, monkeypatch):
+    told = []
+    monkeypatch.setattr("pretrain.probing.logger.warning", lambda text, *values: told.append(text % values))
+    open_probe_sets(parse(PretrainConfig, "pretrain", [*command[1:], "--probe.asked", str(packed_shards)]))
+    (said,) = told
+    assert said.startswith("probe.asked: is the set that probe.shards names, so each video is its own nearest")
