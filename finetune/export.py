@@ -5,7 +5,8 @@
     classes = json.loads(told["tubelet.json"])["classes"]
 
 The file holds the weights, the normalisation of colours and the names of the classes; cutting clips out of videos is
-left to the caller, and `tubelet.json` tells how. It is kept only if its logits are the model's.
+left to the caller, and `tubelet.json` tells how, and what makes probabilities of logits. It is kept only if its logits
+are the model's.
 """
 
 import dataclasses
@@ -87,7 +88,12 @@ def export(config: ExportConfig) -> float:
 def told_of(description: ModelDescription) -> dict[str, Any]:
     """Returns what a user of the program has to know: the clips that it takes and the classes that it knows."""
     clip = description.clip
-    frames = {"frames": clip.frames, "frame_rate": clip.frame_rate, "stride": clip.stride}
+    frames = {
+        "frames": clip.frames,
+        "sampling": clip.sampling,
+        "frame_rate": clip.frame_rate,
+        "stride": clip.stride,
+    }
     return (
         {"clips": f"(B, {clip.frames}, {clip.size}, {clip.size}, 3) uint8, RGB"}
         | frames
@@ -95,6 +101,7 @@ def told_of(description: ModelDescription) -> dict[str, Any]:
             "size": clip.size,
             "short_side": description.short_side,
             "classes": list(description.classes),
+            "probabilities": "sigmoid" if description.multi_label else "softmax",
         }
     )
 

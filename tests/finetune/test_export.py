@@ -1,5 +1,8 @@
 """Export: a file of another model, or of none, is not written. That a program's logits are right, a drill tells."""
 
+import dataclasses
+
+import finetune
 from finetune import export as export_module
 from launch.cli import main
 
@@ -24,3 +27,10 @@ def test_a_file_of_another_name_one_that_is_there_and_an_encoder_are_refused(fin
         assert main(["export", str(model), str(out)]) == 2
         assert message in capsys.readouterr().err
     assert there.stat().st_size == 0
+
+
+def test_a_program_tells_how_clips_are_cut_and_what_makes_probabilities_of_its_logits(finetuned):
+    description = finetune.load(finetuned).description
+    told = export_module.told_of(description)
+    assert (told["sampling"], told["probabilities"]) == ("time_window", "softmax")
+    assert export_module.told_of(dataclasses.replace(description, multi_label=True))["probabilities"] == "sigmoid"
