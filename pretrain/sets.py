@@ -52,8 +52,8 @@ def open_run_sets(config: RunConfig) -> RunSets:
         return RunSets(training, None)
     path = data.shards if validation.shards is None else validation.shards
     held_out = open_shards("validation.shards", path, data.clip, data.cache, validation.split)
-    if isinstance(held_out, Subset):
-        _refuse_overlap(training[0], held_out)
+    for shards in training:
+        _refuse_overlap(shards, held_out)
     return RunSets(training, held_out)
 
 
@@ -89,9 +89,8 @@ def _divided(shards: ShardSet, validation: ValidationConfig) -> tuple[tuple[Shar
         field, name = "validation.share", f"share {share:g}"
         chosen = parts_of(groups, labels, [1 - share, share], validation.seed) == 1
     _refuse_lost_classes(field, shards, groups, labels, chosen)
-    whole, numbers = (shards.whole, shards.numbers) if isinstance(shards, Subset) else (shards, None)
     told = name if shards.split is None else f"{name} of {shards.split}"
-    rows = np.arange(shards.samples) if numbers is None else numbers
+    whole, rows = _whole_and_numbers(shards)
     return (Subset(whole, rows[~chosen], f"all but {told}"),), Subset(whole, rows[chosen], told)
 
 
@@ -117,13 +116,25 @@ def _refuse_lost_classes(
     )
 
 
-def _refuse_overlap(training: ShardSet, held_out: Subset) -> None:
-    """Raises `Refused` where samples of one set would be trained on and held out too."""
-    whole = training.whole if isinstance(training, Subset) else training
-    numbers = training.numbers if isinstance(training, Subset) else np.arange(training.samples)
-    both = len(np.intersect1d(numbers, held_out.numbers))
-    if both and whole.fingerprint == held_out.whole.fingerprint:
-        raise Refused(
-            f"validation.split: {both} of the {held_out.samples} samples of {held_out.split} are trained on too "
-            f"(data.split {training.split}); hold out a split that is not"
+def _refuse_overlap(training: ShardSet, held_out: ShardSet) -> None:
+    """Raises `Refused` where samples of one set would be trained on and held out too; warns where it is all of them."""
+    (whole, trained), (other, held) = (_whole_and_numbers(shards) for shards in (training, held_out))
+    both = len(np.intersect1d(trained, held))
+    if whole.fingerprint != other.fingerprint or not both:
+        return
+    if training.split is None and held_out.split is None:
+        logger.warning(
+            "validation.shards: is a set that is trained on, so its figures tell what was learned by heart; give "
+            "another, or validation.share"
         )
+        return
+    field = "validation.shards" if held_out.split is None else "validation.split"
+    source = f"all of {training.folder}" if training.split is None else f"data.split {training.split}"
+    raise Refused(
+        f"{field}: {both} of the {held_out.samples} samples of {held_out.split or held_out.folder} are trained on too "
+        f"({source}); hold out a split that is not"
+    )
+
+
+def _whole_and_numbers(shards: ShardSet) -> tuple[ShardSet, np.ndarray]:
+    return (shards.whole, shards.numbers) if isinstance(shards, Subset) else (shards, np.arange(shards.samples))

@@ -192,8 +192,15 @@ def test_samples_that_are_trained_on_are_not_held_out(finetuning, packed_shards,
         opened(finetuning, *one, *two)
     with pytest.raises(Refused, match=words):
         opened(finetuning, *one, *two, "--validation.shards", str(copy))
-    with pytest.raises(Refused, match="5 of the 5 samples"):
+    with pytest.raises(Refused, match=r"5 of the 5 samples of .*two.txt are trained on too \(all of "):
         opened(finetuning, *two, "--validation.shards", str(packed_shards))
+    with pytest.raises(Refused, match=r"validation.shards: 6 of the 11 samples of .*copy are trained on too"):
+        opened(finetuning, *one, "--validation.shards", str(copy))
+
+
+def test_a_set_that_is_trained_on_and_held_out_as_a_whole_is_told(finetuning, packed_shards, caplog):
+    opened(finetuning, "--validation.shards", str(packed_shards))
+    assert "validation.shards: is a set that is trained on" in caplog.text
 
 
 def test_a_mixture_has_no_part_to_hold_out(packed_shards, other_shards, tmp_path, capsys):
