@@ -65,9 +65,9 @@ def _of_line(place: str, line: str) -> tuple[str, str, tuple[str, ...]]:
 
 
 def _of_csv(file: Path, lines: list[str]) -> list[tuple[str, str, tuple[str, ...]]]:
-    reader = csv.reader(line + "\n" for line in lines if line.strip())
+    reader = csv.reader(f"{line.rstrip()}\n" for line in lines)
     try:
-        rows = [(reader.line_num, row) for row in reader]
+        rows = [(reader.line_num, row) for row in reader if row]
     except csv.Error as error:
         raise Refused(f"{file}:{reader.line_num}: not a line of CSV ({error}); correct it") from error
     if rows and rows[0][1][0].strip().lower() in HEADINGS:

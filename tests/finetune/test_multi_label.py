@@ -91,6 +91,9 @@ def test_csv_files_and_numbers_give_the_same_labels(tmp_path):
     (tmp_path / "a.txt").write_text("a b.mp4\tair drumming;2\nc.mp4 1;2;1\n")
     sources = find_sources(None, tmp_path / "a.txt", "air drumming,run,wave", multi_label=True)
     assert {video.path: video.label for video in sources.videos} == {"a b.mp4": (0, 2), "c.mp4": (1, 2)}
+    (tmp_path / "b.csv").write_text("path,labels\n  \n\na.mp4,run\n,run\n")
+    with pytest.raises(Refused, match=r"b\.csv:5: has no path in its first column"):
+        find_sources(None, tmp_path / "b.csv", multi_label=True)
     (tmp_path / "b.txt").write_text("a.mp4 0;3\nb.mp4 1\n")
     assert find_sources(None, tmp_path / "b.txt", multi_label=True).classes == ("0", "1", "2", "3")
 
