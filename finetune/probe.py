@@ -18,9 +18,9 @@ from torch import Tensor
 from finetune.attentive_probe import attentive_logits
 from finetune.config import ViewsConfig
 from finetune.evaluate import circumstances
-from finetune.evaluation_page import write_evaluation
+from finetune.evaluation_page import percent, write_evaluation
 from finetune.features import FeatureKind, FrozenEncoder, KeptFeatures, Reading, open_encoder
-from finetune.figures import Evaluation, VideoLogits, figures_of
+from finetune.figures import Evaluation, VideoLogits, figures_of, telling_accuracies
 from finetune.linear_probe import linear_logits
 from finetune.output import make_writable
 from pretrain.commandline import met_by_every_rank, to_yaml
@@ -268,8 +268,9 @@ def logits_of_probe(
 def show(config: EncoderProbeConfig, found: dict[Kind, Probed], console: Console) -> None:
     """Prints what the probes found as a small table."""
     title = f"{config.encoder}{' with fresh weights' if config.untrained else ''}, tested on {config.test}"
-    table = Table("probe", "top-1", "top-5", "mean class", "chosen", title=title, title_justify="left")
+    accuracies = telling_accuracies(max(one.evaluation.figures["classes"] for one in found.values()))
+    table = Table("probe", *accuracies.values(), "chosen", title=title, title_justify="left")
     for kind, (evaluation, chosen) in found.items():
-        shares = [f"{100 * evaluation.figures[name]:.1f} %" for name in ("top1", "top5", "mean_class_accuracy")]
+        shares = [percent(evaluation.figures[name]) for name in accuracies]
         table.add_row(kind, *shares, ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in chosen.items()))
     console.print(table)
