@@ -178,7 +178,7 @@ def _refuse_wrong_groups(groups: Sequence[tuple[str, Sequence[str]]]) -> None:
     names = [name for name, _ in groups]
     for name, folders in groups:
         if names.count(name) > 1:
-            raise Refused(f"--group {name}: stands twice; name each group once")
+            raise Refused(f"{name}: stands twice; give each run once, and each --group a name of its own")
         if not folders:
             raise Refused(f"--group {name}: has no runs; give their folders after the name")
         twice = [one for one in folders if [Path(other).resolve() for other in folders].count(Path(one).resolve()) > 1]

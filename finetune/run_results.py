@@ -75,7 +75,7 @@ def read_result(folder: str | Path) -> RunResult:
         labels=np.array([one["label"] for one in predictions]),
         right=np.array([one.get("predicted") == one["label"] for one in predictions]),
         near=np.array([one["label"] in _most_probable(one) for one in predictions]),
-        settings=_read_settings(place) | _evaluated_on(record),
+        settings=_read_settings(place, record.get("model")) | _evaluated_on(record),
     )
 
 
@@ -128,9 +128,10 @@ def _read_predictions(file: Path) -> list[dict[str, Any]]:
     return predictions
 
 
-def _read_settings(place: Path) -> dict[str, Any]:
-    """Returns the configuration of the run that a folder is, or lies in."""
-    folders = (place, *place.resolve().parents[:2])
+def _read_settings(place: Path, model: str | None) -> dict[str, Any]:
+    """Returns the configuration of the run that a folder is or lies in, else of the one whose model was evaluated."""
+    evaluated = [Path(model), Path(model).resolve().parent] if model else []
+    folders = (place, *place.resolve().parents[:2], *evaluated)
     file = next((one / "config.yaml" for one in folders if (one / "config.yaml").is_file()), None)
     if file is None:
         return {}

@@ -1,6 +1,7 @@
 """Comparing runs: paired differences, groups of seeds and of folds, and one line for whatever does not fit."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from finetune.compare import compare, names_of
 from finetune.evaluation_page import write_result
 from finetune.figures import VideoLogits, figures_of
+from finetune.run_results import read_result
 from launch.cli import main
 
 CLASSES = tuple("abcdefg")
@@ -112,6 +114,8 @@ def test_a_table_and_a_page_show_what_differs(tmp_path, capsys):
 def test_a_run_and_an_evaluation_within_it_are_compared_by_their_views(finetuned, packed_shards, capsys, tmp_path):
     command = ["evaluate", "--model", str(finetuned), "--shards", str(packed_shards), "--workers", "0"]
     assert main([*command, "--views.temporal", "2"]) == 0
+    elsewhere = Path(shutil.copytree(finetuned / "evaluation", tmp_path / "a/b/elsewhere"))
+    assert read_result(elsewhere).settings == read_result(finetuned / "evaluation").settings
     capsys.readouterr()
     assert main(["compare", str(finetuned), str(finetuned / "evaluation"), "--out", str(tmp_path / "out")]) == 0
     told = capsys.readouterr().out
@@ -176,7 +180,8 @@ def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path, capsys):
         ([one, tmp_path / "none"], f"{tmp_path / 'none'}: is no folder"),
         ([one, file], f"{file}: is no folder"),
         ([one, other], "sets/test, v (fingerprint ffffffffffff, 7 videos)"),
-        (["--group", "x", one, "--group", "x", two], "--group x: stands twice"),
+        ([one, one], f"{one}: stands twice; give each run once, and each --group a name of its own"),
+        (["--group", "x", one, "--group", "x", two], "x: stands twice"),
         (["--group", "x", one, one, "--group", "y", two], f"--group x: holds {one} twice"),
         (["--group", "x", "--group", "y", two], "--group x: has no runs"),
         (["--group", "x", one, other, "--group", "y", two], "no run of y was"),
