@@ -27,6 +27,7 @@ from pretrain.commandline import met_by_every_rank, to_yaml
 from pretrain.data.decode_client import DECODE_LIMIT_S, refuse_decode_limit
 from pretrain.data.shard_cache import CacheConfig
 from pretrain.data.shards import ShardSet
+from pretrain.data.subset import common_samples
 from pretrain.data.video import DecoderName
 from pretrain.engine.distributed import Processes
 from pretrain.errors import Refused
@@ -180,8 +181,13 @@ def open_sets_of_probe(config: EncoderProbeConfig, frozen: FrozenEncoder) -> tup
             listed(single),
             train.folder,
         )
-    if train.fingerprint == test.fingerprint:
-        logger.warning("test: is the set that train names, so the figures tell what was learned by heart; give another")
+    both = common_samples(train, test)
+    if both:
+        logger.warning(
+            "test: %d of its %d videos are in train too, so the figures tell what was learned by heart; give others",
+            both,
+            test.samples,
+        )
     return train, test
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from pretrain.config import RunConfig, ValidationConfig
 from pretrain.data.partition import groups_of, parts_of
 from pretrain.data.shards import ShardSet
-from pretrain.data.subset import Subset, write_keys
+from pretrain.data.subset import Subset, common_samples, whole_and_numbers, write_keys
 from pretrain.engine.run import Run
 from pretrain.errors import Refused
 from pretrain.stage import open_shards
@@ -90,7 +90,7 @@ def _divided(shards: ShardSet, validation: ValidationConfig) -> tuple[tuple[Shar
         chosen = parts_of(groups, labels, [1 - share, share], validation.seed) == 1
     _refuse_lost_classes(field, shards, groups, labels, chosen)
     told = name if shards.split is None else f"{name} of {shards.split}"
-    whole, rows = _whole_and_numbers(shards)
+    whole, rows = whole_and_numbers(shards)
     return (Subset(whole, rows[~chosen], f"all but {told}"),), Subset(whole, rows[chosen], told)
 
 
@@ -118,9 +118,8 @@ def _refuse_lost_classes(
 
 def _refuse_overlap(training: ShardSet, held_out: ShardSet) -> None:
     """Raises `Refused` where samples of one set would be trained on and held out too; warns where it is all of them."""
-    (whole, trained), (other, held) = (_whole_and_numbers(shards) for shards in (training, held_out))
-    both = len(np.intersect1d(trained, held))
-    if whole.fingerprint != other.fingerprint or not both:
+    both = common_samples(training, held_out)
+    if not both:
         return
     if training.split is None and held_out.split is None:
         logger.warning(
@@ -134,7 +133,3 @@ def _refuse_overlap(training: ShardSet, held_out: ShardSet) -> None:
         f"{field}: {both} of the {held_out.samples} samples of {held_out.split or held_out.folder} are trained on too "
         f"({source}); hold out a split that is not"
     )
-
-
-def _whole_and_numbers(shards: ShardSet) -> tuple[ShardSet, np.ndarray]:
-    return (shards.whole, shards.numbers) if isinstance(shards, Subset) else (shards, np.arange(shards.samples))

@@ -94,6 +94,17 @@ def split_of(shards: ShardSet, split: str) -> Subset:
     raise Refused(f"{split} is no split of {shards.folder} and no file; {remedy}, or give a file with one key a line")
 
 
+def common_samples(one: ShardSet, other: ShardSet) -> int:
+    """Returns how many samples two parts of one set, or the set and a part of it, have in common; 0 of two sets."""
+    (whole, numbers), (other_whole, other_numbers) = whole_and_numbers(one), whole_and_numbers(other)
+    return len(np.intersect1d(numbers, other_numbers)) if whole.fingerprint == other_whole.fingerprint else 0
+
+
+def whole_and_numbers(shards: ShardSet) -> tuple[ShardSet, np.ndarray]:
+    """Returns the set that a set is, or is a part of, and the numbers of its samples there."""
+    return (shards.whole, shards.numbers) if isinstance(shards, Subset) else (shards, np.arange(shards.samples))
+
+
 def write_keys(path: Path, shards: ShardSet) -> None:
     """Writes the keys of a set, one a line, as `split_of` reads them."""
     keys = shards.keys()

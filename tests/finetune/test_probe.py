@@ -9,10 +9,13 @@ import yaml
 
 from finetune import linear_probe
 from finetune.attentive_probe import attentive_logits
+from finetune.features import open_encoder
 from finetune.linear_probe import PENALTIES, divide, linear_logits, part_of
+from finetune.probe import EncoderProbeConfig, open_sets_of_probe
 from launch.cli import main
 from pretrain.data.pack import PackConfig, pack
 from pretrain.data.shards import ShardSet
+from pretrain.data.subset import Subset, write_keys
 from pretrain.features import VideoFeatures
 from tests.videos import make_video, pack_labelled_videos
 
@@ -161,3 +164,11 @@ def test_what_cannot_be_probed_is_refused_by_one_line(
     assert f"tubelet: {message}" in said
     assert said.count("tubelet: ") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_videos_of_one_set_that_are_learned_from_and_tested_on_are_told(pretrained, packed_shards, tmp_path, caplog):
+    write_keys(tmp_path / "keys.txt", Subset(ShardSet.open(packed_shards), range(8), "first"))
+    shards = str(packed_shards)
+    config = EncoderProbeConfig(str(pretrained), shards, shards, train_split=str(tmp_path / "keys.txt"))
+    open_sets_of_probe(config, open_encoder(config.encoder, untrained=False, seed=0))
+    assert "test: 8 of its 11 videos are in train too" in caplog.text
