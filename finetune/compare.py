@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from finetune.figures import ACCURACIES, DRAWS, percentile_interval, wilson_interval
+from finetune.figures import ACCURACIES, DRAWS, percentile_interval
 from finetune.run_results import RunResult, read_result
 from pretrain.errors import Refused
 
@@ -133,10 +133,7 @@ def _figure(group: Group, own: list[Stratum], figure: str) -> Compared:
     found = _compared(own, None, figure)
     if len(group.runs) > 1:
         return found._replace(deviation=float(np.std([accuracy_of(run, figure) for run in group.runs], ddof=1)))
-    if figure == "mean_class_accuracy":
-        return found
-    right = group.runs[0].near if figure == "top5" else group.runs[0].right
-    return found._replace(interval=wilson_interval(int(right.sum()), len(right)))
+    return found._replace(interval=group.runs[0].intervals[figure])
 
 
 def _compared(own: list[Stratum], first: list[Stratum] | None, figure: str) -> Compared:

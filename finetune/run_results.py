@@ -10,7 +10,7 @@ import numpy as np
 import yaml
 
 from finetune.evaluation_page import PREDICTIONS, RESULT
-from finetune.figures import TOP
+from finetune.figures import ACCURACIES, INTERVAL, TOP
 from pretrain.errors import Refused
 
 NOT_SETTINGS = ("out",)
@@ -30,6 +30,7 @@ class RunResult:
         labels: `(videos,)` names of the true classes.
         right: `(videos,)` whether the most probable class is the true one.
         near: `(videos,)` whether the true class is among the five most probable.
+        intervals: The 95 % interval of each accuracy, as the evaluation tells it.
         settings: The fields of the run's configuration by their full names; none where it has no `config.yaml`.
     """
 
@@ -41,6 +42,7 @@ class RunResult:
     labels: np.ndarray
     right: np.ndarray
     near: np.ndarray
+    intervals: dict[str, list[float]]
     settings: dict[str, Any]
 
 
@@ -75,6 +77,7 @@ def read_result(folder: str | Path) -> RunResult:
         labels=np.array([one["label"] for one in predictions]),
         right=np.array([one.get("predicted") == one["label"] for one in predictions]),
         near=np.array([one["label"] in _most_probable(one) for one in predictions]),
+        intervals={name: record[name + INTERVAL] for name in ACCURACIES},
         settings=_read_settings(place, record.get("model")) | _evaluated_on(record),
     )
 
@@ -99,10 +102,11 @@ def _read_record(file: Path) -> dict[str, Any]:
         missing = [name for name in RECORDED if name not in record]
     except (OSError, ValueError, TypeError) as error:
         raise Refused(f"{file}: cannot be read ({error}); evaluate again") from None
+    if not missing and "mean_average_precision" in record:
+        raise Refused(f"{file}: is of a multi-label set; compare runs on sets of one label a sample")
+    missing = missing or [name + INTERVAL for name in ACCURACIES if name + INTERVAL not in record]
     if missing:
         raise Refused(f"{file}: does not tell {', '.join(missing)}; evaluate again")
-    if "mean_average_precision" in record:
-        raise Refused(f"{file}: is of a multi-label set; compare runs on sets of one label a sample")
     return record
 
 

@@ -86,6 +86,14 @@ def test_folds_are_paired_fold_by_fold_in_any_order(tmp_path):
     assert found.differences[0]["top1"].interval[0] > 0
 
 
+def test_a_single_runs_intervals_are_those_of_its_evaluation(tmp_path):
+    folder = evaluated(tmp_path / "a", drawn(97, 0.7, seed=1))
+    found = compare([("a", [folder]), ("b", [evaluated(tmp_path / "b", drawn(97, 0.5, seed=4))])])
+    record = json.loads((folder / "evaluation.json").read_text())
+    for name, figure in found.figures[0].items():
+        assert (figure.value, figure.interval) == (pytest.approx(record[name]), record[f"{name}_interval"])
+
+
 def test_a_table_and_a_page_show_what_differs(tmp_path, capsys):
     settings = "seed: {}\nout: runs/{}\noptimizer: {{base_lr: {}}}\nencoder: null\n"
     for name, share, rate in (("scratch", 0.5, 0.01), ("pretrained", 0.8, 0.001)):
