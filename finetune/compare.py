@@ -4,7 +4,8 @@ A group is one or more runs of one thing: seeds on one set, or folds, each on a 
 means over its runs. Intervals are percentile intervals of the bootstrap (Efron and Tibshirani, "An Introduction to the
 Bootstrap", 1993): the videos of each set are drawn anew, for the class mean those of each class, and a drawn video
 brings what every run made of it, so that differences are paired and a video that several seeds saw counts once. They
-tell what other videos would change, not what other seeds would: the spread over the runs stands beside them.
+tell what other videos would change, not what other seeds would: the spread over the runs stands beside them. Where few
+videos differ such an interval is too narrow, so that McNemar's exact test (Psychometrika 12, 1947) stands beside it.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.stats import binomtest
 
 from finetune.figures import ACCURACIES, DRAWS, percentile_interval
 from finetune.run_results import RunResult, read_result
@@ -49,6 +51,20 @@ class Compared(NamedTuple):
     deviation: float | None = None
 
 
+class Discordant(NamedTuple):
+    """The videos that two groups answer differently, where each saw every video once.
+
+    Attributes:
+        better: Videos that the group has right and the first one has wrong.
+        worse: The other way round.
+        p_value: Of McNemar's exact test: how probable so uneven a split is if both groups are equally good.
+    """
+
+    better: int
+    worse: int
+    p_value: float
+
+
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     """What a comparison found.
@@ -57,12 +73,15 @@ class Comparison:
         groups: The groups, in their order.
         figures: For each group each accuracy.
         differences: For each group but the first, each accuracy's difference to the first group.
+        discordant: For each group but the first the videos that it answers otherwise; None where several runs of a
+            group saw the same videos.
         settings: The settings in which runs differ: for each the values of each group's runs.
     """
 
     groups: tuple[Group, ...]
     figures: list[dict[str, Compared]]
     differences: list[dict[str, Compared]]
+    discordant: list[Discordant | None]
     settings: dict[str, list[list[Any]]]
 
 
@@ -84,6 +103,7 @@ def compare(groups: Sequence[tuple[str, Sequence[str]]]) -> Comparison:
         read,
         [{name: _figure(group, own, name) for name in ACCURACIES} for group, own in zip(read, seen, strict=True)],
         [{name: _compared(own, seen[0], name) for name in ACCURACIES} for own in seen[1:]],
+        [_discordant(read[0], group, seen[0], own) for group, own in zip(read[1:], seen[1:], strict=True)],
         _differing_settings(read),
     )
 
@@ -150,6 +170,16 @@ def _compared(own: list[Stratum], first: list[Stratum] | None, figure: str) -> C
         value += float(np.mean([part.mean() for part in parts]))
         drawn += np.mean([_drawn_means(part, random) for part in parts], axis=0)
     return Compared(value, percentile_interval(drawn))
+
+
+def _discordant(first: Group, other: Group, before: list[Stratum], own: list[Stratum]) -> Discordant | None:
+    """Returns the videos that a group answers otherwise than the first; None where answers are means over runs."""
+    if not len(first.runs) == len(other.runs) == len(own):
+        return None
+    gains = np.concatenate([one.right - another.right for one, another in zip(own, before, strict=True)])
+    better, worse = int((gains > 0).sum()), int((gains < 0).sum())
+    p_value = binomtest(better, better + worse).pvalue if better + worse else 1.0
+    return Discordant(better, worse, float(p_value))
 
 
 def _drawn_means(outcome: np.ndarray, random: np.random.Generator) -> np.ndarray:

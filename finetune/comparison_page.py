@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table as TerminalTable
 
-from finetune.compare import Compared, Comparison, Group, set_text
+from finetune.compare import Compared, Comparison, Discordant, Group, set_text
 from finetune.evaluation_page import interval_text, percent
 from finetune.figures import ACCURACIES, telling_accuracies
 from finetune.output import make_writable, writing_to
@@ -61,7 +61,8 @@ def write_comparison(out: Path, comparison: Comparison) -> Path:
                 Section(
                     f"Differences to {names[0]}",
                     "In points, paired: each run is compared on the same videos. An interval that leaves out zero is a "
-                    "difference that the choice of videos does not explain.",
+                    "difference that the choice of videos hardly explains, if some ten videos or more are answered "
+                    "differently; where fewer are, it is too narrow, and p of McNemar's exact test tells more.",
                     [Table(other_header, differences), *_drawings(names[1:], comparison.differences, "points")],
                 ),
                 Section(
@@ -85,13 +86,13 @@ def _contents(comparison: Comparison) -> list[tuple[str, tuple[str, ...], list[t
         for group, row in zip(comparison.groups, comparison.figures, strict=True)
     ]
     differences = [
-        (name, *(_difference_text(row[figure]) for figure in accuracies))
-        for name, row in zip(names[1:], comparison.differences, strict=True)
+        (name, *(_difference_text(row[figure]) for figure in accuracies), *_discordant_texts(discordant))
+        for name, row, discordant in zip(names[1:], comparison.differences, comparison.discordant, strict=True)
     ]
     settings = [(name, *map(_values_text, values)) for name, values in comparison.settings.items()]
     return [
         ("Accuracy", ("", "runs", *titles), figures),
-        (f"Differences to {names[0]}, in points", ("", *titles), differences),
+        (f"Differences to {names[0]}, in points", ("", *titles, "better on", "worse on", "p"), differences),
         ("Settings", ("", *names), settings),
     ]
 
@@ -112,6 +113,12 @@ def _figure_text(figure: Compared) -> str:
 def _difference_text(difference: Compared) -> str:
     low, high = difference.interval
     return f"{100 * difference.value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def _discordant_texts(discordant: Discordant | None) -> tuple[str, str, str]:
+    if discordant is None:
+        return "-", "-", "-"
+    return str(discordant.better), str(discordant.worse), f"{discordant.p_value:.2g}"
 
 
 def _values_text(values: Sequence[Any]) -> str:
@@ -167,6 +174,10 @@ def _record(comparison: Comparison) -> dict[str, Any]:
         "differences": {
             name: {figure: {"value": found.value, "interval": found.interval} for figure, found in row.items()}
             for name, row in zip(names[1:], comparison.differences, strict=True)
+        },
+        "discordant": {
+            name: None if found is None else found._asdict()
+            for name, found in zip(names[1:], comparison.discordant, strict=True)
         },
         "settings": {setting: dict(zip(names, values, strict=True)) for setting, values in comparison.settings.items()},
     }

@@ -156,13 +156,17 @@ def class_mean_interval(right: np.ndarray, videos: np.ndarray) -> list[float]:
     """Returns the bounds of the 95 % bootstrap interval of the mean class accuracy.
 
     Drawing anew the videos of a class draws a binomial number of right ones. With a handful of videos in each class the
-    interval is too narrow, and it has no width where every class is all right or all wrong.
+    interval is too narrow. Where every class is all right or all wrong all draws are alike; the bounds are then the
+    means of those of Wilson's intervals of the classes, which is too wide.
 
     Args:
         right: `(K,)` right videos of each class.
         videos: `(K,)` videos of each class; those without any have no part.
     """
     right, videos = right[videos > 0], videos[videos > 0]
+    if ((right == 0) | (right == videos)).all():
+        alone = [wilson_interval(int(hits), int(count)) for hits, count in zip(right, videos, strict=True)]
+        return [float(bound) for bound in np.mean(alone, axis=0)]
     drawn = np.random.default_rng(0).binomial(videos, right / videos, size=(DRAWS, len(videos)))
     return percentile_interval((drawn / videos).mean(1))
 

@@ -52,6 +52,26 @@ def test_a_difference_is_paired_video_by_video(tmp_path):
     assert paired.interval == pytest.approx([0.05 - 1.96 * standard_error, 0.05 + 1.96 * standard_error], abs=0.006)
 
 
+def test_videos_that_only_one_of_two_has_right_are_counted_and_tested_exactly(tmp_path):
+    first = np.arange(60) % 2 == 0
+    other = first.copy()
+    other[[1, 3, 5, 7, 9]] = True
+    other[0] = False
+    folds = [[first[:30], first[30:]], [other[:30], other[30:]]]
+    names = ("first", "other")
+    alone = [(name, [evaluated(tmp_path / name, right)]) for name, right in zip(names, (first, other), strict=True)]
+    parted = [
+        (name, [evaluated(tmp_path / f"{name}-{fold}", right, name=f"f{fold}-") for fold, right in enumerate(rights)])
+        for name, rights in zip(names, folds, strict=True)
+    ]
+    for groups in (alone, parted):
+        (found,) = compare(groups).discordant
+        assert (found.better, found.worse) == (5, 1)
+        assert found.p_value == pytest.approx(2 * (1 + 6) / 2**6)  # of six, one or none the other way
+    seeds = [alone[0], ("seeds", [*alone[1][1], evaluated(tmp_path / "again", other)])]
+    assert compare(seeds).discordant == [None]
+
+
 def test_a_groups_figures_are_the_means_over_its_seeds_and_its_interval_is_over_videos(tmp_path):
     seeds = [drawn(140, 0.7, seed) for seed in range(3)]
     folders = [evaluated(tmp_path / str(seed), right) for seed, right in enumerate(seeds)]

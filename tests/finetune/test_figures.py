@@ -121,3 +121,9 @@ def test_the_worst_of_many_classes_come_first_and_the_rest_is_folded_away():
     assert shares == sorted(shares)
     assert table.rows[-1] == ("class 04", 0, "-")
     assert table.shown < len(table.rows)
+
+
+def test_classes_that_are_all_right_or_all_wrong_do_not_make_an_interval_without_width():
+    low, high = class_mean_interval(np.array([10, 0, 0]), np.array([10, 10, 0]))
+    assert 0.3 < low < 0.4 < 0.6 < high < 0.7
+    assert class_mean_interval(np.array([4]), np.array([4])) == wilson_interval(4, 4)
