@@ -178,7 +178,7 @@ def load_predictor(folder: str | Path) -> Predictor:
 
 
 def video_files(paths: Iterable[str | Path]) -> list[str]:
-    """Returns files as they are named, and in place of each folder its videos, sorted.
+    """Returns files as they are named, and in place of each folder its videos, sorted; of one without, its pictures.
 
     Raises:
         Refused: A folder holds neither videos nor images.

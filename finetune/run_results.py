@@ -13,7 +13,11 @@ from finetune.evaluation_page import PREDICTIONS, RESULT
 from finetune.figures import ACCURACIES, INTERVAL, TOP
 from pretrain.errors import Refused
 
-NOT_SETTINGS = ("out",)
+NOT_SETTINGS = (
+    *("out", "resume", "override_config", "tracking", "log_every", "log_keys", "profile"),
+    *("checkpoint.", "stopping.", "data.cache.", "data.workers", "workers", "cache.", "validation.every"),
+)
+"""Fields that change no weight and no figure, and groups of them, which end in a dot."""
 RECORDED = ("classes", "samples", "shards", "fingerprint", "views")
 
 
@@ -145,7 +149,11 @@ def _read_settings(place: Path, model: str | None) -> dict[str, Any]:
         raise Refused(f"{file}: cannot be read ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):
         raise Refused(f"{file}: is no configuration; restore it")
-    return {name: value for name, value in _flattened(content, "") if name not in NOT_SETTINGS}
+    return {name: value for name, value in _flattened(content, "") if not _is_no_setting(name)}
+
+
+def _is_no_setting(name: str) -> bool:
+    return any(name.startswith(one) if one.endswith(".") else name == one for one in NOT_SETTINGS)
 
 
 def _flattened(content: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

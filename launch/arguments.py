@@ -15,7 +15,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises `Refused` in place of printing the usage."""
-        raise Refused(f"{self.prog}: {message}; see {self.prog} --help")
+        raise Refused(f"{self.prog.removeprefix('tubelet ')}: {message}; see {self.prog} --help")
 
 
 def named(arguments: list[str], alone: Mapping[str, str]) -> list[str]:

@@ -60,7 +60,12 @@ def predict(arguments: list[str]) -> int:
         description="Names the most probable classes of video files. A file that cannot be read is named, the others "
         "are predicted all the same, and the exit code is 1.",
     )
-    parser.add_argument("paths", nargs="+", metavar="FILE", help="video files, or folders of them at any depth")
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        metavar="FILE",
+        help="video files, or folders of them at any depth; of pictures where a folder holds no video",
+    )
     parser.add_argument("--model", required=True, help="model folder or finetuning run")
     parser.add_argument("--top", type=int, default=5, metavar="K", help="classes of each video (5)")
     parser.add_argument("--temporal", type=int, default=3, metavar="N", help="time windows of each video (3)")

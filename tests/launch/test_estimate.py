@@ -185,7 +185,7 @@ def test_figures_are_written_as_people_say_them():
         (["--stage", "finetune", "--config", "videomae_b"], "videomae_b: is no file and no recipe of configs/finetune"),
         (["--nodes", "-2"], "--nodes: -2 must be at least 1"),
         (["--gpus", "0"], "--gpus: 0 must be at least 1"),
-        (["--gpus", "some"], "tubelet estimate: argument --gpus: invalid int value: 'some'"),
+        (["--gpus", "some"], "estimate: argument --gpus: invalid int value: 'some'"),
         (["--gpus", "3"], "data.global_batch: 4 samples do not divide among 3 processes; use 6"),
         (["--gpus", "4"], "data.micro_batch: 4 processes x 2 samples do not divide data.global_batch 4; use 1"),
         (["--from", "/nowhere"], "--from: /nowhere/summary.json is missing or unreadable; give the folder of a"),

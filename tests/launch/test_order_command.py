@@ -111,7 +111,7 @@ def test_a_pipe_that_closes_early_is_no_error(run, capsys):
         (["--world", "3"], "data.global_batch: 4 samples do not divide among 3 processes; use 6"),
         (["--world", "4"], "data.micro_batch: 4 processes x 2 samples do not divide data.global_batch 4; use 1"),
         (["--world", "0"], "--world: 0 must be at least 1"),
-        (["--world", "two"], "tubelet order: argument --world: invalid int value: 'two'"),
+        (["--world", "two"], "order: argument --world: invalid int value: 'two'"),
         (["--workers", "-1"], "data.workers: -1 must not be negative"),
         (["--workers", "some"], "data.workers: expected int"),
         (["--resumed-at", "2"], "--resumed-at: 2 must be at least 0 and before step 2"),
@@ -119,7 +119,7 @@ def test_a_pipe_that_closes_early_is_no_error(run, capsys):
         (["--data.shards", "/nowhere"], "data.shards: /nowhere: no such folder"),
         (["--data.shrads", "x"], "data.shrads: there is no such field; did you mean data.shards?"),
         (["--config", "videomae_x"], "videomae_x: is no file and no recipe of configs/pretrain; did you mean"),
-        (["--steps"], "tubelet order: argument --steps: expected one argument"),
+        (["--steps"], "order: argument --steps: expected one argument"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
