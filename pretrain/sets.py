@@ -58,7 +58,15 @@ def open_run_sets(config: RunConfig) -> RunSets:
 
 
 def save_division(run: Run, sets: RunSets) -> None:
-    """Tells how a run divided its set, and writes the keys of both parts into its folder; every rank calls it."""
+    """Tells how a run divided its set, and writes the keys of both parts into its folder; every rank calls it.
+
+    Warns where a whole set is trained on and held out too.
+    """
+    if sets.held_out and any(common_samples(shards, sets.held_out) for shards in sets.training):
+        logger.warning(
+            "validation.shards: is a set that is trained on, so its figures tell what was learned by heart; give "
+            "another, or validation.share"
+        )
     if not sets.divided or sets.held_out is None:
         return
     training, held_out = sets.training[0], sets.held_out
@@ -117,15 +125,9 @@ def _refuse_lost_classes(
 
 
 def _refuse_overlap(training: ShardSet, held_out: ShardSet) -> None:
-    """Raises `Refused` where samples of one set would be trained on and held out too; warns where it is all of them."""
+    """Raises `Refused` where samples of a split would be trained on and held out too; a whole set may be, to try."""
     both = common_samples(training, held_out)
-    if not both:
-        return
-    if training.split is None and held_out.split is None:
-        logger.warning(
-            "validation.shards: is a set that is trained on, so its figures tell what was learned by heart; give "
-            "another, or validation.share"
-        )
+    if not both or (training.split is None and held_out.split is None):
         return
     field = "validation.shards" if held_out.split is None else "validation.split"
     source = f"all of {training.folder}" if training.split is None else f"data.split {training.split}"

@@ -198,9 +198,11 @@ def test_samples_that_are_trained_on_are_not_held_out(finetuning, packed_shards,
         opened(finetuning, *one, "--validation.shards", str(copy))
 
 
-def test_a_set_that_is_trained_on_and_held_out_as_a_whole_is_told(finetuning, packed_shards, caplog):
-    opened(finetuning, "--validation.shards", str(packed_shards))
-    assert "validation.shards: is a set that is trained on" in caplog.text
+def test_a_set_that_is_trained_on_and_held_out_as_a_whole_is_told(finetuning, packed_shards, tmp_path, capsys):
+    length = ["--steps", "1", "--optimizer.warmup_steps", "0"]
+    held_out = ["--validation.shards", str(packed_shards)]
+    assert main([*finetuning, *held_out, *length, "--out", str(tmp_path / "run")]) == 0
+    assert "validation.shards: is a set that is trained on" in capsys.readouterr().err
 
 
 def test_a_mixture_has_no_part_to_hold_out(packed_shards, other_shards, tmp_path, capsys):
