@@ -19,6 +19,12 @@ NOTE = (
     "In brackets 95 % intervals: Wilson's for the top-1 and top-5 accuracy of a single run, else by a bootstrap over "
     "videos. They tell what other videos would change, not what other seeds would; behind ± is the deviation over runs."
 )
+PAIRED = (
+    "In points, paired: each run is compared on the same videos. An interval that leaves out zero is a difference that "
+    "the choice of videos hardly explains, if some ten videos or more are answered differently; where fewer are, it is "
+    "too narrow."
+)
+TESTED = " The last columns count these videos by top-1, with p of McNemar's exact test."
 
 
 def comparison_tables(comparison: Comparison) -> list[TerminalTable]:
@@ -60,9 +66,7 @@ def write_comparison(out: Path, comparison: Comparison) -> Path:
                 ),
                 Section(
                     f"Differences to {names[0]}",
-                    "In points, paired: each run is compared on the same videos. An interval that leaves out zero is a "
-                    "difference that the choice of videos hardly explains, if some ten videos or more are answered "
-                    "differently; where fewer are, it is too narrow, and p of McNemar's exact test tells more.",
+                    PAIRED + (TESTED if any(comparison.discordant) else ""),
                     [Table(other_header, differences), *_drawings(names[1:], comparison.differences, "points")],
                 ),
                 Section(
@@ -85,14 +89,15 @@ def _contents(comparison: Comparison) -> list[tuple[str, tuple[str, ...], list[t
         (group.name, str(len(group.runs)), *(_figure_text(row[name]) for name in accuracies))
         for group, row in zip(comparison.groups, comparison.figures, strict=True)
     ]
+    tested = ("better on", "worse on", "p") if any(comparison.discordant) else ()
     differences = [
-        (name, *(_difference_text(row[figure]) for figure in accuracies), *_discordant_texts(discordant))
+        (name, *(_difference_text(row[figure]) for figure in accuracies), *_discordant_texts(discordant)[: len(tested)])
         for name, row, discordant in zip(names[1:], comparison.differences, comparison.discordant, strict=True)
     ]
     settings = [(name, *map(_values_text, values)) for name, values in comparison.settings.items()]
     return [
         ("Accuracy", ("", "runs", *titles), figures),
-        (f"Differences to {names[0]}, in points", ("", *titles, "better on", "worse on", "p"), differences),
+        (f"Differences to {names[0]}, in points", ("", *titles, *tested), differences),
         ("Settings", ("", *names), settings),
     ]
 
