@@ -22,8 +22,8 @@ PAIRS_SHOWN = 15
 CLASSES_SHOWN = 20
 CLASSES_IN_ORDER = 12
 INTERVALS_NOTE = (
-    "Intervals cover 95 %: Wilson's score interval over videos; for the class mean, a bootstrap of each class's videos, "
-    "or the mean of the classes' own where each is all right or all wrong."
+    "Intervals cover 95 %: Wilson's score interval over videos; for the class mean, a bootstrap of each class's "
+    "videos, or the mean of the classes' own where each is all right or all wrong."
 )
 
 
