@@ -74,6 +74,8 @@ class ValidationConfig:
             raise Refused(f"{names}: each tells what is held out; give one of them")
         if not chosen and self.group is not None:
             raise Refused("validation.group: belongs to validation.share or validation.folds; give one of them")
+        if not chosen and self.seed:
+            raise Refused("validation.seed: belongs to validation.share or validation.folds; give one of them")
         if not 0 <= self.seed < 1 << 63:
             raise Refused(f"validation.seed: {self.seed} must be at least 0 and less than 2 ** 63")
         if data.mixture is not None and (chosen or given == ["split"]):

@@ -166,6 +166,7 @@ def test_groups_too_large_to_part_are_refused_with_their_number(finetuning, pack
             ["--validation.share", "0.1", "--validation.shards", "x"],
             "validation.shards, validation.share: each tells what is held out; give one of them",
         ),
+        (["--validation.seed", "3"], "validation.seed: belongs to validation.share or validation.folds"),
         (["--validation.group", "x"], "validation.group: belongs to validation.share or validation.folds"),
         (["--validation.split", "test1"], "validation.split: test1 is a split of data.shards, all of which would be"),
         (["--data.split", "nowhere"], "data.split: nowhere is no split of "),

@@ -66,6 +66,14 @@ class AugmentConfig:
             raise Refused(f"data.augment.colour_strength: {self.colour_strength} must be greater than 0 and at most 1")
         if self.erasing_count < 1:
             raise Refused(f"data.augment.erasing_count: {self.erasing_count} must be at least 1")
+        usual = AugmentConfig()
+        for name, needed in (
+            ("colour_strength", "colour_jitter"),
+            ("erasing_mode", "erasing"),
+            ("erasing_count", "erasing"),
+        ):
+            if getattr(self, name) != getattr(usual, name) and not getattr(self, needed):
+                raise Refused(f"data.augment.{name}: belongs to data.augment.{needed}, which is 0; give that too")
 
 
 def augmented(

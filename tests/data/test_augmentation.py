@@ -156,6 +156,8 @@ def test_clips_are_augmented_alike_by_any_worker_in_any_order_with_a_draw_of_its
         ({"erasing": math.nan}, r"data\.augment\.erasing: nan"),
         ({"colour_strength": 0.0}, r"data\.augment\.colour_strength: 0.0"),
         ({"erasing_count": 0}, r"data\.augment\.erasing_count: 0 must"),
+        ({"erasing_count": 2}, r"data\.augment\.erasing_count: belongs to data\.augment\.erasing, which is 0"),
+        ({"colour_strength": 0.8, "grey": 0.1}, r"data\.augment\.colour_strength: belongs to data"),
     ],
 )
 def test_what_cannot_be_is_refused_by_its_field(fields, message):
