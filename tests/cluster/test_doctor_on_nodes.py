@@ -10,7 +10,7 @@ from tests.cluster.jobs import TWO_NODES, jobs_of
 from tests.engine.test_preflight import other_timm
 from tests.launch.test_doctor import examined
 
-BY_RANK_0 = ("disk", "W&B")
+BY_RANK_0 = ("checkpoints", "disk", "W&B")
 
 
 @pytest.fixture
