@@ -29,7 +29,7 @@ from pretrain.data.views import EvaluationViews, Views, evaluation_batches
 from pretrain.engine.distributed import Processes
 from pretrain.errors import Refused
 from pretrain.packing import joined, visible_tokens
-from pretrain.stage import open_shards
+from pretrain.sets import open_shards
 
 CLIPS_AT_ONCE = 16
 

@@ -25,8 +25,9 @@ from pretrain.engine.all_reduce import measure_all_reduce
 from pretrain.engine.checkpoint_search import step_folders
 from pretrain.engine.checkpoint_size import checkpoint_bytes_of, kept_checkpoints
 from pretrain.engine.compiler import refuse_divided_weights, refuse_without_compiler
+from pretrain.engine.deepspeed_file import read_deepspeed
 from pretrain.engine.devices import device_here, host_name
-from pretrain.engine.distributed import Processes, read_deepspeed
+from pretrain.engine.distributed import Processes
 from pretrain.engine.preflight import Same, differences, problems_of_folder, versions_here
 from pretrain.engine.run import CHECKPOINTS
 from pretrain.engine.tracking import choose_connection

@@ -114,7 +114,7 @@ def _read(inner: Inner) -> Any:
 def _refuse_engine(config: Any) -> None:
     """Raises `Refused` where a DeepSpeed configuration is missing or unreadable, or cannot train a compiled model."""
     from pretrain.engine.compiler import refuse_divided_weights
-    from pretrain.engine.distributed import read_deepspeed
+    from pretrain.engine.deepspeed_file import read_deepspeed
 
     file = config.deepspeed_file
     read_deepspeed(file)

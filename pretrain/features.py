@@ -14,7 +14,7 @@ from pretrain.data.shards import ShardSet
 from pretrain.data.views import EvaluationViews, Views, evaluation_batches
 from pretrain.engine.distributed import Processes
 from pretrain.errors import Refused, StoppedByRule
-from pretrain.stage import refuse_stride_on_resampled
+from pretrain.sets import refuse_stride_on_resampled
 
 Encode = Callable[[list[Any]], Tensor]
 """From the views of some samples, as a dataset of views gives them, to features `(samples * views, ...)`."""

@@ -6,7 +6,7 @@ from pretrain.data.clips import ClipConfig
 from pretrain.data.shard_cache import CacheConfig
 from pretrain.data.shards import ShardSet
 from pretrain.errors import Refused
-from pretrain.stage import open_shards
+from pretrain.sets import open_shards
 
 
 def open_labelled(

@@ -6,12 +6,13 @@ from typing import NamedTuple
 import numpy as np
 
 from pretrain.config import RunConfig, ValidationConfig
+from pretrain.data.clips import ClipConfig
 from pretrain.data.partition import groups_of, parts_of
+from pretrain.data.shard_cache import CacheConfig
 from pretrain.data.shards import ShardSet
-from pretrain.data.subset import Subset, common_samples, whole_and_numbers, write_keys
+from pretrain.data.subset import Subset, common_samples, split_of, whole_and_numbers, write_keys
 from pretrain.engine.run import Run
 from pretrain.errors import Refused
-from pretrain.stage import open_shards
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,48 @@ def open_run_sets(config: RunConfig) -> RunSets:
     for shards in training:
         _refuse_overlap(shards, held_out)
     return RunSets(training, held_out)
+
+
+def open_shards(
+    field: str, path: str | None, clip: ClipConfig, cache: CacheConfig | None = None, split: str | None = None
+) -> ShardSet:
+    """Opens a set of shards, or a split of it, to cut clips from.
+
+    Args:
+        field: The field that names the set, such as `data.shards`; the field of its split is called alike, such as
+            `data.split`, or `train_split` beside `train`.
+        path: The set's folder or URL.
+        clip: The clips.
+        cache: Where shards from a URL are kept.
+        split: The split, as `split_of` takes it; None is the whole set.
+
+    Raises:
+        Refused: The set cannot be opened, it has no such split, or the clip's stride means nothing on it.
+        TubeletError: It cannot be fetched.
+    """
+    if path is None:
+        raise Refused(f"{field}: is missing; give a folder that `tubelet pack` wrote")
+    try:
+        shards = ShardSet.open(path, cache=cache)
+    except Refused as error:
+        raise Refused(f"{field}: {error}") from error
+    refuse_stride_on_resampled(field, shards, clip)
+    if split is None:
+        return shards
+    try:
+        return split_of(shards, split)
+    except Refused as error:
+        named = f"{field.removesuffix('shards')}split" if field.endswith("shards") else f"{field}_split"
+        raise Refused(f"{named}: {error}") from error
+
+
+def refuse_stride_on_resampled(field: str, shards: ShardSet, clip: ClipConfig) -> None:
+    """Raises `Refused` where a clip counts stored frames on a set whose frames packing chose."""
+    if clip.stride is not None and shards.resampled:
+        raise Refused(
+            f"data.clip.stride: {field} {shards.folder} was packed with --fps, so stored frames are not the source's; "
+            f"give data.clip.frame_rate instead"
+        )
 
 
 def save_division(run: Run, sets: RunSets) -> None:

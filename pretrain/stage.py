@@ -13,15 +13,12 @@ from torch import nn
 from pretrain.commandline import met_by_every_rank, to_dict, to_yaml
 from pretrain.config import RunConfig
 from pretrain.data.balanced import BalancedOrder, SampleOrder
-from pretrain.data.clips import ClipConfig
 from pretrain.data.config import DataConfig
 from pretrain.data.loader import Batch, MicroBatches, training_batches
 from pretrain.data.order import Mixture, Order, Start, lanes_of_sets, nearest_divisor
 from pretrain.data.packed_clips import PackedBatch, PackedTrainingClips, packed_batches
 from pretrain.data.randomness import seed_of_set
-from pretrain.data.shard_cache import CacheConfig
 from pretrain.data.shards import ShardSet
-from pretrain.data.subset import split_of
 from pretrain.data.training_clips import TrainingClips
 from pretrain.engine.averaging import AverageConfig, WeightAverage
 from pretrain.engine.checkpoint_size import checkpoint_bytes_of
@@ -46,48 +43,6 @@ logger = logging.getLogger(__name__)
 
 PROBED = ("probe_errors", "probe_knn", "probe_rank", "probe_deviation", "collapsed")
 """The figures of a probe, under their names in the record."""
-
-
-def open_shards(
-    field: str, path: str | None, clip: ClipConfig, cache: CacheConfig | None = None, split: str | None = None
-) -> ShardSet:
-    """Opens a set of shards, or a split of it, to cut clips from.
-
-    Args:
-        field: The field that names the set, such as `data.shards`; the field of its split is called alike, such as
-            `data.split`, or `train_split` beside `train`.
-        path: The set's folder or URL.
-        clip: The clips.
-        cache: Where shards from a URL are kept.
-        split: The split, as `split_of` takes it; None is the whole set.
-
-    Raises:
-        Refused: The set cannot be opened, it has no such split, or the clip's stride means nothing on it.
-        TubeletError: It cannot be fetched.
-    """
-    if path is None:
-        raise Refused(f"{field}: is missing; give a folder that `tubelet pack` wrote")
-    try:
-        shards = ShardSet.open(path, cache=cache)
-    except Refused as error:
-        raise Refused(f"{field}: {error}") from error
-    refuse_stride_on_resampled(field, shards, clip)
-    if split is None:
-        return shards
-    try:
-        return split_of(shards, split)
-    except Refused as error:
-        named = f"{field.removesuffix('shards')}split" if field.endswith("shards") else f"{field}_split"
-        raise Refused(f"{named}: {error}") from error
-
-
-def refuse_stride_on_resampled(field: str, shards: ShardSet, clip: ClipConfig) -> None:
-    """Raises `Refused` where a clip counts stored frames on a set whose frames packing chose."""
-    if clip.stride is not None and shards.resampled:
-        raise Refused(
-            f"data.clip.stride: {field} {shards.folder} was packed with --fps, so stored frames are not the source's; "
-            f"give data.clip.frame_rate instead"
-        )
 
 
 def order_of(config: RunConfig, *sets: ShardSet) -> SampleOrder:
@@ -264,7 +219,6 @@ def train(
         Preempted: A signal or a limit of time ended it. The model returned raises it too, when it is used.
     """
     processes = run.processes
-    batch = order.global_batch
     average = None
     if averaging and averaging.decay is not None:
         average = WeightAverage(model, averaging, processes)
@@ -278,18 +232,10 @@ def train(
         recompute_activations(model)
     if config.compile:
         model.compile()  # in place, which leaves all names as they are
-    optimizer = build_optimizer(model, config.optimizer, batch)
-    run.state["groups"] = members_of_groups(model, optimizer)
-    if run.saved:
-        refuse_other_groups(run.saved, run.state["groups"])
-    schedule = build_schedule(optimizer, config.optimizer, batch, config.optimizer.warmup(order.steps_per_epoch), steps)
-    model, optimizer = processes.prepare(model, optimizer)
-    schedule.optimizer = optimizer
-    if run.saved:
-        run.checkpoints.load(run.saved, model, optimizer)
+    model, optimizer, schedule = _prepared(config, run, order, steps, model)
     tracker = run.begin()
     trainer = Trainer(
-        plan_of(config, run, batch, steps),
+        plan_of(config, run, order.global_batch, steps),
         processes,
         model,
         optimizer,
@@ -316,6 +262,23 @@ def train(
         average.put_into(model)
     run.stop.abandon_forward(model, processes, "after its last step, which is saved")
     return model
+
+
+def _prepared(
+    config: RunConfig, run: Run, order: SampleOrder, steps: int, model: nn.Module
+) -> tuple[nn.Module, Any, Any]:
+    """Returns model, optimiser and schedule, prepared for this world and as the run's checkpoint left them."""
+    batch = order.global_batch
+    optimizer = build_optimizer(model, config.optimizer, batch)
+    run.state["groups"] = members_of_groups(model, optimizer)
+    if run.saved:
+        refuse_other_groups(run.saved, run.state["groups"])
+    schedule = build_schedule(optimizer, config.optimizer, batch, config.optimizer.warmup(order.steps_per_epoch), steps)
+    model, optimizer = run.processes.prepare(model, optimizer)
+    schedule.optimizer = optimizer
+    if run.saved:
+        run.checkpoints.load(run.saved, model, optimizer)
+    return model, optimizer, schedule
 
 
 def _exporting_average(export: Export, average: WeightAverage) -> Export:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.utils._triton import has_triton
 
-from pretrain.engine.distributed import read_deepspeed
+from pretrain.engine.deepspeed_file import read_deepspeed
 from pretrain.errors import Refused
 
 

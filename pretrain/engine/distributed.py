@@ -6,7 +6,6 @@ can disagree without any error: every rank then reads rank 0's data and writes r
 checked against `WORLD_SIZE` before anything else happens.
 """
 
-import json
 import os
 import re
 import socket
@@ -20,6 +19,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from pretrain.engine.deepspeed_file import completed
 from pretrain.engine.devices import (
     Precision,
     agree_on_devices,
@@ -36,7 +36,6 @@ LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "M
 SRUN_VARIABLES = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS"}
 PLUGIN_VARIABLES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
 SRUN_PORTS = range(20_000, 30_000)  # below those that Linux hands out by itself
-ZERO_STAGES = (0, 1, 2, 3)
 PATIENCE_S = 60.0  # far below what a process group lets a message wait
 SCONTROL_S = 60
 Result = TypeVar("Result")
@@ -77,7 +76,7 @@ class Processes:
         content = None
         try:
             if deepspeed:
-                content = _completed(deepspeed, precision, accumulation, micro_batch, clip_grad)
+                content = completed(deepspeed, precision, accumulation, micro_batch, clip_grad)
         except Refused as error:
             problem = str(error)
         if not on_gpu:
@@ -374,33 +373,3 @@ def _spare_compiler() -> None:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def read_deepspeed(file: Path) -> dict[str, Any]:
-    """Returns the content of a DeepSpeed file; raises `Refused` if it is none, or asks for a stage that ZeRO lacks."""
-    try:
-        content = json.loads(file.read_text())
-        if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__}")
-        stage = dict(content.get("zero_optimization", {})).get("stage", 0)
-    except OSError as error:
-        raise Refused(f"{file}: cannot be read ({error.strerror}); name a file that every node can read") from None
-    except (ValueError, TypeError) as error:
-        raise Refused(f"{file}: is not a DeepSpeed configuration in JSON ({error}); mend it") from None
-    if stage not in ZERO_STAGES:
-        raise Refused(f"{file}: zero_optimization.stage: {stage} is no stage of ZeRO; use 0, 1, 2 or 3")
-    return content
-
-
-def _completed(
-    file: Path, precision: Precision, accumulation: int, micro_batch: int, clip_grad: float | None
-) -> dict[str, Any]:
-    """Returns the content of a DeepSpeed file, completed with what the run's own configuration decides."""
-    content = read_deepspeed(file)
-    content.setdefault("zero_optimization", {"stage": 0})  # DeepSpeed's default, which accelerate wants told
-    content["train_micro_batch_size_per_gpu"] = micro_batch
-    content["gradient_accumulation_steps"] = accumulation
-    content["gradient_clipping"] = clip_grad or 0.0
-    content["bf16"] = {"enabled": precision == "bf16"}
-    content["fp16"] = {"enabled": precision == "fp16"}
-    return content

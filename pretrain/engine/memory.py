@@ -9,7 +9,8 @@ its 16-bit gradients. Activations are counted in `activations.py`.
 import dataclasses
 from pathlib import Path
 
-from pretrain.engine.distributed import Precision, read_deepspeed
+from pretrain.engine.deepspeed_file import read_deepspeed
+from pretrain.engine.devices import Precision
 from pretrain.errors import Refused
 
 FULL, HALF = 4, 2

@@ -9,13 +9,11 @@ whether a rank was told to stop (see `preemption.py`), so all ranks save and end
 import contextlib
 import logging
 import math
-import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
@@ -24,6 +22,7 @@ from pretrain.engine.averaging import WeightAverage
 from pretrain.engine.checkpoint import Checkpoints
 from pretrain.engine.checks import Check, Figures
 from pretrain.engine.distributed import Processes
+from pretrain.engine.draws import seed_draws
 from pretrain.engine.feeding import begin_reading, on_device
 from pretrain.engine.plan import Plan
 from pretrain.engine.preemption import Cause, StopRequests, first_cause
@@ -393,11 +392,3 @@ class Trainer:
         """Ends the run where a check finds that it is worth no more steps; no judgement without figures."""
         for check in checks if figures is not None else ():
             check.judge(done, figures or {})
-
-
-def seed_draws(seed: int, step: int, rank: int, micro_batch: int) -> None:
-    """Seeds everything that model and mixup draw from, so that a step's draws do not depend on the steps before."""
-    state = np.random.SeedSequence([seed, step, rank, micro_batch]).generate_state(3)
-    torch.manual_seed(int(state[0]))
-    np.random.seed(int(state[1]))
-    random.seed(int(state[2]))

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn import functional
-from transformers import VideoMAEConfig, VideoMAEForVideoClassification
+from transformers import VideoMAEForVideoClassification
 
 from finetune.classifier import Classifier
 from finetune.config import HeadConfig
@@ -35,7 +35,7 @@ from pretrain.data.views import views_of
 from pretrain.model.encoder import EncoderConfig
 from pretrain.model.encoders import build_encoder
 from tests.benchmarks.raw_clips import make_raw_clip
-from tests.benchmarks.timed_steps import Setting, Step, in_turns, peaks, ratio
+from tests.benchmarks.timed_steps import Setting, Step, in_turns, peaks, ratio, transformers_config
 
 WANTED_STEP, WANTED_VIEWS = 1.2, 4.0
 """Speed over transformers that is wanted of a step, and over decoding each view of the 15 views."""
@@ -56,21 +56,9 @@ def step_of_ours(config: EncoderConfig, head: HeadConfig, setting: Setting) -> S
 
 def step_of_transformers(config: EncoderConfig, setting: Setting) -> Step:
     """Returns a step of `VideoMAEForVideoClassification` with the same sizes."""
-    width, depth, heads, mlp_ratio = config.sizes()
     torch.manual_seed(0)
-    model = VideoMAEForVideoClassification(
-        VideoMAEConfig(
-            image_size=setting.size,
-            num_frames=setting.frames,
-            hidden_size=width,
-            num_hidden_layers=depth,
-            num_attention_heads=heads,
-            intermediate_size=round(width * mlp_ratio),
-            num_labels=CLASSES,
-        )
-    ).to(setting.device)
-    mean, std = (torch.tensor(part, device=setting.device) for part in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    pixels = ((setting.clips().float() / 255 - mean) / std).permute(0, 1, 4, 2, 3).contiguous()
+    model = VideoMAEForVideoClassification(transformers_config(config, setting, num_labels=CLASSES)).to(setting.device)
+    pixels = setting.normalised()
     labels = labels_of(setting)
     return setting.step_of(model, lambda: functional.cross_entropy(model(pixels).logits, labels))
 

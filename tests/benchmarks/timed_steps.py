@@ -7,7 +7,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -48,6 +48,11 @@ class Setting:
         torch.manual_seed(0)
         shape = (self.batch, self.frames, self.size, self.size, 3)
         return torch.randint(0, 256, shape, dtype=torch.uint8).to(self.device)
+
+    def normalised(self) -> Tensor:
+        """Returns the clips as transformers' models take them: floats `(B, T, 3, H, W)`."""
+        mean, std = (torch.tensor(part, device=self.device) for part in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        return ((self.clips().float() / 255 - mean) / std).permute(0, 1, 4, 2, 3).contiguous()
 
     def masks(self, decoded: float) -> tuple[Tensor, Tensor]:
         """Returns the visible and the masked token numbers of 90 % tubes, and of the masked ones the share decoded."""
@@ -103,16 +108,25 @@ class Ours(NamedTuple):
         return setting.step_of(model, lambda: model(clips, visible, masked).loss.mean())
 
 
-def step_of_transformers(encoder: EncoderConfig, decoder: DecoderConfig, setting: Setting) -> Step:
-    """Returns a step of `VideoMAEForPreTraining` with the same sizes."""
+def transformers_config(encoder: EncoderConfig, setting: Setting, **others: Any) -> VideoMAEConfig:
+    """Returns transformers' configuration of an encoder of the same sizes; `others` are its further fields."""
     width, depth, heads, mlp_ratio = encoder.sizes()
-    config = VideoMAEConfig(
+    return VideoMAEConfig(
         image_size=setting.size,
         num_frames=setting.frames,
         hidden_size=width,
         num_hidden_layers=depth,
         num_attention_heads=heads,
         intermediate_size=round(width * mlp_ratio),
+        **others,
+    )
+
+
+def step_of_transformers(encoder: EncoderConfig, decoder: DecoderConfig, setting: Setting) -> Step:
+    """Returns a step of `VideoMAEForPreTraining` with the same sizes."""
+    config = transformers_config(
+        encoder,
+        setting,
         decoder_hidden_size=decoder.width,
         decoder_num_hidden_layers=decoder.depth,
         decoder_num_attention_heads=decoder.heads,
@@ -124,8 +138,7 @@ def step_of_transformers(encoder: EncoderConfig, decoder: DecoderConfig, setting
     visible, _ = setting.masks(1.0)
     hidden = torch.ones(setting.batch, model.videomae.embeddings.num_patches, dtype=torch.bool, device=setting.device)
     hidden.scatter_(1, visible, False)
-    mean, std = (torch.tensor(part, device=setting.device) for part in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    pixels = ((setting.clips().float() / 255 - mean) / std).permute(0, 1, 4, 2, 3).contiguous()
+    pixels = setting.normalised()
     return setting.step_of(model, lambda: model(pixels, bool_masked_pos=hidden).loss)
 
 

@@ -18,21 +18,13 @@ from hypothesis import strategies as st
 
 from pretrain.data.clips import ClipConfig
 from pretrain.data.config import DataConfig
-from pretrain.data.order import Order, evaluation_groups, evaluation_slice, nearest_divisor, nearest_multiple
+from pretrain.data.order import Order, nearest_divisor, nearest_multiple
 from pretrain.data.randomness import key_for, permutation
 from pretrain.data.reading_list import Reading, reading_list
 from pretrain.data.shard_writer import PackedSample, write_shard
 from pretrain.data.shards import ShardSet
 from pretrain.data.transcode import Transcoded
 from pretrain.errors import Refused
-from tests.benchmarks.order_scale import (
-    GLOBAL_BATCH,
-    LANES,
-    SAMPLES_PER_SHARD,
-    SHARDS,
-    shards_read,
-    simulated_order,
-)
 
 EXAMPLES = settings(max_examples=40, deadline=None)
 
@@ -267,31 +259,6 @@ def test_a_step_holds_no_more_than_the_shard_windows_that_it_reads():
     assert peak_bytes < 8 * order.samples / 16
 
 
-@pytest.mark.parametrize("nodes", [1, 4, 16, 64])
-def test_a_node_reads_its_share_of_shards_of_many_sizes(nodes):
-    """The benchmark of the same name in small; what it counts is what the steps read."""
-    order = simulated_order(shards=1600, samples_per_shard=10, lanes=64, global_batch=128)
-    counted = shards_read(order, (nodes,))[nodes]
-    shards = shard_of(order)
-    for node in (0, nodes - 1):
-        steps = [order.step(step, nodes, node).samples for step in range(order.steps_per_epoch)]
-        assert len(set(shards[np.concatenate(steps)].tolist())) == counted[node]
-    assert max(counted) <= 1.1 / nodes * len(order.samples_per_shard) + 2
-
-
-@pytest.mark.parametrize("nodes", [1, 8, 64, 1024])
-def test_a_node_has_its_share_of_20000_shards_with_10_million_samples(nodes):
-    """What its lanes hold, and so what it reads in any epoch."""
-    order = simulated_order(SHARDS, SAMPLES_PER_SHARD, LANES, GLOBAL_BATCH)
-    assert (order.samples, len(order.samples_per_shard), order.lanes % nodes) == (10_000_000, 20_000, 0)
-    ends = np.cumsum(order.samples_per_shard)
-    lanes = order.lanes // nodes
-    for node in range(nodes):
-        pieces = itertools.chain(*order.lane_pieces[node * lanes : (node + 1) * lanes])
-        held = np.unique(np.searchsorted(ends, [piece.start for piece in pieces], side="right"))
-        assert len(held) <= 1.1 / nodes * len(ends) + 2
-
-
 @pytest.fixture(scope="module")
 def listed_shards(tmp_path_factory) -> ShardSet:
     """Shards of many sizes with 617 samples of many lengths, which nobody decodes."""
@@ -402,30 +369,6 @@ def test_the_nearest_number_that_works_is_the_nearest(number, wanted, other):
     assert multiple % wanted == multiple % other == 0 < multiple
     multiples = [m for m in range(1, number + wanted * other + 1) if m % wanted == m % other == 0]
     assert all(abs(multiple - number) <= abs(m - number) for m in multiples)
-
-
-@EXAMPLES
-@given(st.integers(1, 60), st.integers(1, 9))
-def test_evaluation_counts_each_sample_once_and_keeps_ranks_in_step(samples, world):
-    slices = [evaluation_slice(samples, world, rank) for rank in range(world)]
-    assert sorted(n for numbers, counted in slices for n in numbers[counted].tolist()) == list(range(samples))
-    assert {len(numbers) for numbers, _ in slices} == {-(-samples // world)}
-    assert all(0 <= n < samples for numbers, _ in slices for n in numbers)
-
-
-@EXAMPLES
-@given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 9))
-def test_the_samples_that_meet_in_an_evaluation_do_not_depend_on_the_world(samples, group, world):
-    met = []
-    for rank in range(world):
-        numbers, counted = evaluation_groups(samples, group, world, rank)
-        cuts = range(group, len(numbers), group)
-        met.append(list(zip(np.split(numbers, cuts), np.split(counted, cuts), strict=True)))
-    assert len({len(groups) for groups in met}) == 1, "all ranks take as many steps"
-    in_turn = [one for round_of_groups in zip(*met, strict=True) for one in round_of_groups]
-    kept = [numbers.tolist() for numbers, counted in in_turn if counted.all()]
-    assert kept == [list(range(samples))[first : first + group] for first in range(0, samples, group)]
-    assert all(not counted.any() for _, counted in in_turn[len(kept) :])
 
 
 def test_the_drawing_in_the_readme_is_true():

@@ -25,12 +25,13 @@ from pretrain.engine.checkpoint import CheckpointConfig, Checkpoints, engine_kin
 from pretrain.engine.checkpoint_search import find_checkpoint, step_folders
 from pretrain.engine.checks import Check
 from pretrain.engine.distributed import Processes
+from pretrain.engine.draws import seed_draws
 from pretrain.engine.optimizer import OptimizerConfig
 from pretrain.engine.ownership import RunLock
 from pretrain.engine.schedule import build_schedule
 from pretrain.engine.step_figures import weights_are_finite
 from pretrain.engine.tracking import Tracker, read_metrics
-from pretrain.engine.trainer import Plan, Trainer, seed_draws
+from pretrain.engine.trainer import Plan, Trainer
 from pretrain.errors import DiskFull, Preempted, StoppedByRule
 from tests.runs import run, tiny_pretraining
 

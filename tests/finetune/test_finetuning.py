@@ -19,8 +19,8 @@ from launch.cli import main
 from pretrain.commandline import parse
 from pretrain.data.clips import ClipConfig
 from pretrain.data.loader import Batch
+from pretrain.engine.draws import seed_draws
 from pretrain.engine.tracking import read_metrics
-from pretrain.engine.trainer import seed_draws
 
 
 def refusal(capsys, command: list[str]) -> str:
