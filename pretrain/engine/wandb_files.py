@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -44,19 +45,35 @@ def mend_folders(wandb: Path, run_id: str, own: Path) -> None:
             logger.warning("%s cannot be mended (%s); wandb sync may stop at it", path, error)
 
 
+def is_whole(path: Path) -> bool:
+    """Returns whether a `.wandb` file ends with how its run ended, which W&B's process writes last."""
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # made at run time
+
+    last = b""
+    for record, _ in _records(path.read_bytes()):
+        last = record
+    return Record.FromString(last).WhichOneof("record_type") == "exit"
+
+
 def whole_records(content: bytes) -> tuple[int, int]:
     """Returns how many whole records a `.wandb` file holds, and where the last of them ends."""
-    records = 0
-    end = place = HEADER_BYTES
+    ends = [end for _, end in _records(content)]
+    return len(ends), ends[-1] if ends else HEADER_BYTES
+
+
+def _records(content: bytes) -> Iterator[tuple[bytes, int]]:
+    """Yields each whole record of a `.wandb` file, and where it ends."""
+    place, record = HEADER_BYTES, b""
     while place + PART_BYTES <= len(content):
         rest_of_block = BLOCK_BYTES - place % BLOCK_BYTES
         if rest_of_block < PART_BYTES:
             place += rest_of_block
             continue
         length, kind = struct.unpack_from("<HB", content, place + 4)
-        place += PART_BYTES + length
+        start, place = place + PART_BYTES, place + PART_BYTES + length
         if kind == 0 or place > len(content):
-            break
+            return
+        record += content[start:place]
         if kind in (WHOLE, LAST):
-            records, end = records + 1, place
-    return records, end
+            yield record, place
+            record = b""

@@ -276,6 +276,38 @@ def test_what_a_signal_to_wandbs_process_kept_from_it_is_sent_by_the_next_attemp
     assert sorted(set(sent)) == [(step, float(step)) for step in range(1, 6)]
 
 
+def test_what_a_kill_after_finish_kept_from_the_file_is_sent_by_the_next_attempt(tmp_path):
+    """W&B's process is killed between its answer to `finish` and its last writing, which leaves the file's header."""
+    done = run_python(
+        """
+        import contextlib, os
+        from pathlib import Path
+        import psutil, wandb
+        from pretrain.engine.mirror import CORE
+        from pretrain.engine.tracking import Tracker
+        from pretrain.engine.wandb_files import HEADER_BYTES
+        tear_down = wandb.teardown
+        def tear_down_after_a_kill():
+            for child in psutil.Process().children():
+                if child.name() == CORE:
+                    child.kill()
+            with contextlib.suppress(Exception):
+                tear_down()
+            (path,) = Path("run/wandb").glob("offline-run-*/*.wandb")
+            os.truncate(path, HEADER_BYTES)
+        for step, ends in ((1, tear_down_after_a_kill), (2, tear_down)):
+            tracker = Tracker(Path("run"), "wandb", {}, "pretrain")
+            tracker.log(step, {"loss": float(step)})
+            wandb.teardown = ends
+            tracker.finish()
+        """,
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [(row["step"], row["loss"]) for row in wandb_history(tmp_path / "run")] == [(1, 1.0), (2, 2.0)]
+    assert (tmp_path / "run" / "wandb" / "mirrored_step").read_text() == "2\n"
+
+
 def test_a_wandb_setting_that_is_wrong_costs_one_warning(tmp_path):
     done = run_python(
         """
