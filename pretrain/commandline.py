@@ -267,9 +267,10 @@ def _others_of_pairs(pairs: tuple[tuple[str, str], ...], arguments: list[str]) -
 
 def _plain(text: str) -> str:
     """Rewrites Python's names of types as a person would say them."""
-    union = re.search(r"Union subtypes.*?- ([Ee]xpected .*?) -.*Given value: (.*)", text)
+    union = re.search(r"Union subtypes.*? Errors: (- [Ee]xpected .*) Given value type.*Given value: (.*)", text)
     if union:
-        text = f"{union[1]}, got {union[2]}"
+        kinds = [kind for kind in re.split(r" ?- [Ee]xpected a? ?", union[1])[1:] if "NoneType" not in kind]
+        text = f"expected {' or '.join(kinds)}, got {union[2]}"
     text = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", text)
     text = re.sub(r"<class '(\w+)'>", r"\1", text).replace("Expected a ", "expected ")
     return text.replace(". Got value:", ", got").replace("Got value:", "got")

@@ -137,7 +137,7 @@ def test_a_run_leaves_a_frozen_encoder_as_pretrained_and_resumes_exactly(finetun
     [
         (["--freeze", "0"], "freeze: 0 must be at least 1, or encoder"),
         (["--freeze", "3"], "freeze: 3 layers, but the encoder has 2, the embedding included"),
-        (["--freeze", "all"], "freeze: "),
+        (["--freeze", "all"], "freeze: expected int or one of 'encoder', got all"),
         (["--freeze", "1", "--encoder", "null"], "freeze: is for a pretrained encoder"),
     ],
 )
