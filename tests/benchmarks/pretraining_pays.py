@@ -8,18 +8,34 @@ and one page, with a paired bootstrap over the videos. An interrupted call goes 
     python -m tests.benchmarks.pretraining_pays --list videos/train.txt videos/val.txt --out runs/pays
 
 For 300 clips of 2 s that takes about an hour and a half on two cores. The settings of the recipes were chosen on the
-first fold, by its held-out videos; `--folds 1` makes that fold alone.
+first fold, by its held-out videos; `--folds 1` makes that fold alone. Each core works on one model at a time, since two
+threads that wait for each other's small matrices do less.
 """
 
 import argparse
+import concurrent.futures
+import functools
+import itertools
+import multiprocessing
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 from finetune.run_results import read_result
 from launch.cli import main as tubelet
 from pretrain.files import write_text
 
 FOLDS = 5
+ARCHITECTURE = [
+    *("--architecture.variant", "Ti", "--architecture.tubelet", "[2,28,28]"),
+    *("--architecture.positions", "sincos_3d", "--architecture.position_temperature", 20),
+]
+"""What `ti_112` pretrains, for a model that starts without it."""
+FIRST = "finetuned, from scratch"
+"""What the others are compared with."""
 KINDS = {"knn": "k-NN", "linear": "linear probe", "attentive": "attentive probe"}
 
 
@@ -52,11 +68,10 @@ def is_evaluated(folder: Path) -> bool:
     return (folder / "predictions.jsonl").exists()
 
 
-def one_fold(fold: int, shards: Path, out: Path, options: argparse.Namespace) -> dict[str, Path]:
-    """Makes all runs of a fold; returns their folders by what they are."""
-    held_out = ["--data.shards", shards, "--validation.folds", FOLDS, "--validation.fold", fold]
+def from_pretraining(fold: int, shards: Path, out: Path, options: argparse.Namespace) -> dict[str, Path]:
+    """Pretrains, probes and finetunes in a fold; returns the folders of what is evaluated by what they are."""
     encoder = out / "pretrain"
-    run("pretrain", "--config", "ti_112", *held_out, *length(options.pretraining_epochs), "--out", encoder)
+    run("pretrain", *of_fold(fold, shards), *length(options.pretraining_epochs), "--out", encoder)
     splits = ["--train", shards, "--train_split", encoder / "split" / "training.txt"]
     splits += ["--test", shards, "--test_split", encoder / "split" / "validation.txt"]
     found = {}
@@ -66,15 +81,28 @@ def one_fold(fold: int, shards: Path, out: Path, options: argparse.Namespace) ->
             found[f"{title}, {name}"] = folder / kind
             if not is_evaluated(folder / kind):
                 run("probe", "--encoder", encoder, *splits, "--kind", kind, "--out", folder, *flags)
-    starts = {
-        "finetuned, pretrained": ["--encoder", encoder],
-        "finetuned, from scratch": ["--architecture.variant", "Ti", "--optimizer.layer_decay", "null"],
-    }
-    for number, (name, start) in enumerate(starts.items()):
-        found[name] = out / ("scratch" if number else "finetuned")
-        epochs = length(options.finetuning_epochs)
-        run("finetune", "--config", "ti_112", *held_out, *start, *epochs, "--out", found[name])
+    found["finetuned, pretrained"] = out / "finetuned"
+    epochs = length(options.finetuning_epochs)
+    run("finetune", *of_fold(fold, shards), "--encoder", encoder, *epochs, "--out", out / "finetuned")
     return found
+
+
+def from_scratch(fold: int, shards: Path, out: Path, options: argparse.Namespace) -> dict[str, Path]:
+    """Trains the same classifier from fresh weights in a fold; returns its folder."""
+    start = [*ARCHITECTURE, "--optimizer.layer_decay", "null", *length(options.finetuning_epochs)]
+    run("finetune", *of_fold(fold, shards), *start, "--out", out / "scratch")
+    return {FIRST: out / "scratch"}
+
+
+def of_fold(fold: int, shards: Path) -> list[object]:
+    """Returns the options that a run of a fold shares with the others."""
+    return ["--config", "ti_112", "--data.shards", shards, "--validation.folds", FOLDS, "--validation.fold", fold]
+
+
+def made(task: Callable[[], dict[str, Path]]) -> dict[str, Path]:
+    """Does a task on one core, in a process of its own."""
+    torch.set_num_threads(1)
+    return task()
 
 
 def main() -> None:
@@ -83,17 +111,22 @@ def main() -> None:
     parser.add_argument("--list", nargs="+", type=Path, required=True, help="files of `path label` lines")
     parser.add_argument("--out", type=Path, default=Path("runs/pays"), help="folder for everything (%(default)s)")
     parser.add_argument("--folds", type=int, default=FOLDS, help="how many of the five folds are made (%(default)s)")
-    parser.add_argument("--pretraining_epochs", type=int, default=200, help="(%(default)s)")
-    parser.add_argument("--finetuning_epochs", type=int, default=40, help="(%(default)s)")
+    parser.add_argument("--pretraining_epochs", type=int, default=40, help="(%(default)s)")
+    parser.add_argument("--finetuning_epochs", type=int, default=20, help="(%(default)s)")
     options = parser.parse_args()
     started = time.time()
     shards = pack(options.list, options.out)
+    tasks = [
+        functools.partial(kind, fold, shards, options.out / f"fold-{fold}", options)
+        for fold, kind in itertools.product(range(1, options.folds + 1), (from_pretraining, from_scratch))
+    ]
     groups: dict[str, list[Path]] = {}
-    for fold in range(1, options.folds + 1):
-        for name, folder in one_fold(fold, shards, options.out / f"fold-{fold}", options).items():
-            groups.setdefault(name, []).append(folder)
-    first = "finetuned, from scratch"
-    ordered = [first, *(name for name in groups if name != first)]
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(len(os.sched_getaffinity(0)), spawn) as pool:
+        for found in pool.map(made, tasks):
+            for name, folder in found.items():
+                groups.setdefault(name, []).append(folder)
+    ordered = [FIRST, *(name for name in groups if name != FIRST)]
     flags = [part for name in ordered for part in ("--group", name, *groups[name])]
     run("compare", *flags, "--out", options.out / "comparison")
     for name in ordered:
