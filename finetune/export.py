@@ -1,31 +1,44 @@
-"""A classifier as one file that runs without Tubelet: a program of torch.export, checked against the model.
+"""A classifier as one file that runs without Tubelet, checked against the model.
 
-    program = torch.export.load("model.pt2", extra_files=(told := {"tubelet.json": ""})).module()
-    logits = program(clips)                       # clips (B, T, H, W, 3) uint8, any B
-    classes = json.loads(told["tubelet.json"])["classes"]
+    NAME.pt2     a program of torch.export      `export_program.py`
 
 The file holds the weights, the normalisation of colours and the names of the classes; cutting clips out of videos is
-left to the caller, and `tubelet.json` tells how, and what makes probabilities of logits. It is kept only if its logits
-are the model's.
+left to the caller, and the text `tubelet.json` inside it tells how, and what makes probabilities of logits. A file is
+kept only if its logits are the model's.
 """
 
 import dataclasses
 import json
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from finetune import export_program
 from finetune.classifier import Classifier, ModelDescription, load
 from pretrain.errors import Refused, TubeletError
 from pretrain.files import replacing
 
 logger = logging.getLogger(__name__)
 
-SUFFIX = ".pt2"
+
+class Format(NamedTuple):
+    """A kind of file."""
+
+    write: Callable[[Classifier, Tensor, dict[str, str], Path], None]
+    """Writes a model, traced with clips, and texts under their names."""
+    read: Callable[[Path], Callable[[Tensor], Tensor]]
+    """Returns the function from clips to logits that a file holds."""
+
+
+FORMATS = {
+    ".pt2": Format(export_program.write, export_program.read),
+}
+"""Each by the suffix of its files."""
 DESCRIPTION = "tubelet.json"
 TOLERANCE = 1e-4
 """Greatest difference of logits that another order of summation explains."""
@@ -39,13 +52,14 @@ class ExportConfig:
     model: str
     """Model folder or finetuning run."""
     out: str
-    """File to write, NAME.pt2."""
+    """File to write: NAME.pt2 for torch.export."""
 
     def validate(self) -> None:
         """Raises `Refused` for a file that cannot be written, or is there already."""
         out = Path(self.out)
-        if out.suffix != SUFFIX:
-            raise Refused(f"out: {out} is no name of an exported program; give NAME{SUFFIX}")
+        if out.suffix not in FORMATS:
+            names = " or ".join(f"NAME{suffix}" for suffix in FORMATS)
+            raise Refused(f"out: {out} has no suffix of an exported model; give {names}")
         if out.exists():
             raise Refused(f"out: {out} is there already; name another, or remove it")
         if not os.access(out.parent, os.W_OK):
@@ -53,14 +67,14 @@ class ExportConfig:
 
 
 def export(config: ExportConfig) -> float:
-    """Writes a classifier as a program of torch.export.
+    """Writes a classifier in the format that the file's suffix names.
 
     Returns:
         The greatest difference of its logits from the model's, on random clips.
 
     Raises:
-        Refused: The folder holds no classifier, one of packed clips, or the file cannot be written.
-        TubeletError: The program computes something else than the model; nothing is written.
+        Refused: The folder holds no classifier, one of packed clips, or the file cannot be written in this format.
+        TubeletError: The file computes something else than the model; nothing is written.
     """
     config.validate()
     model, description = load(config.model)
@@ -69,13 +83,12 @@ def export(config: ExportConfig) -> float:
             f"model: {config.model} was trained on packed clips, whose sequences are put together outside the model; "
             f"finetune without data.packing to export"
         )
-    program = torch.export.export(
-        model, (random_clips(description, TRACED_BATCH),), dynamic_shapes=({0: torch.export.Dim("batch")},)
-    )
-    with replacing(Path(config.out)) as temporary:
-        with open(temporary, "wb") as file:
-            torch.export.save(program, file, extra_files={DESCRIPTION: json.dumps(told_of(description))})
-        difference = difference_from(model, temporary, description)
+    out = Path(config.out)
+    write, read = FORMATS[out.suffix]
+    metadata = {DESCRIPTION: json.dumps(told_of(description))}
+    with replacing(out) as temporary:
+        write(model, random_clips(description, TRACED_BATCH), metadata, temporary)
+        difference = difference_of(read(temporary), model, description)
         if not difference <= TOLERANCE:
             raise TubeletError(
                 f"{config.out}: its logits are {difference:.1e} from those of {config.model}, more than "
@@ -86,7 +99,7 @@ def export(config: ExportConfig) -> float:
 
 
 def told_of(description: ModelDescription) -> dict[str, Any]:
-    """Returns what a user of the program has to know: the clips that it takes and the classes that it knows."""
+    """Returns what a user of the file has to know: the clips that it takes and the classes that it knows."""
     clip = description.clip
     frames = {
         "frames": clip.frames,
@@ -107,14 +120,12 @@ def told_of(description: ModelDescription) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def difference_from(model: Classifier, file: Path, description: ModelDescription) -> float:
-    """Returns the greatest difference of the logits of a program in a file from a model's, in batches of two sizes."""
-    with open(file, "rb") as opened:
-        program = torch.export.load(opened).module()
+def difference_of(exported: Callable[[Tensor], Tensor], model: Classifier, description: ModelDescription) -> float:
+    """Returns the greatest difference of what was exported from a model, in logits of batches of two sizes."""
     differences = []
     for batch in CHECKED_BATCHES:
         clips = random_clips(description, batch)
-        differences.append((program(clips) - model(clips)).abs().max().item())
+        differences.append((exported(clips) - model(clips)).abs().max().item())
     return max(differences)
 
 

@@ -1,0 +1,34 @@
+"""The file of torch.export: a program that torch runs, or compiles ahead of time.
+
+    program = torch.export.load("model.pt2", extra_files=(told := {"tubelet.json": ""})).module()
+    logits = program(clips)                       # clips (B, T, H, W, 3) uint8, any B
+    classes = json.loads(told["tubelet.json"])["classes"]
+
+It needs neither Tubelet nor timm.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+def write(model: nn.Module, clips: Tensor, metadata: dict[str, str], file: Path) -> None:
+    """Writes a model as a program for any number of clips.
+
+    Args:
+        model: The model, in evaluation mode.
+        clips: Clips to trace it with; more than one.
+        metadata: Texts to keep in the file, under their names.
+        file: The file.
+    """
+    program = torch.export.export(model, (clips,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    with open(file, "wb") as opened:
+        torch.export.save(program, opened, extra_files=metadata)
+
+
+def read(file: Path) -> Callable[[Tensor], Tensor]:
+    """Returns the function from clips to logits that a file holds."""
+    with open(file, "rb") as opened:
+        return torch.export.load(opened).module()
