@@ -1,8 +1,9 @@
 """A classifier as one file that runs without Tubelet, checked against the model.
 
     NAME.pt2     a program of torch.export      `export_program.py`
+    NAME.onnx    a graph of ONNX                `export_onnx.py`
 
-The file holds the weights, the normalisation of colours and the names of the classes; cutting clips out of videos is
+Either file holds the weights, the normalisation of colours and the names of the classes; cutting clips out of videos is
 left to the caller, and the text `tubelet.json` inside it tells how, and what makes probabilities of logits. A file is
 kept only if its logits are the model's.
 """
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from finetune import export_program
+from finetune import export_onnx, export_program
 from finetune.classifier import Classifier, ModelDescription, load
 from pretrain.errors import Refused, TubeletError
 from pretrain.files import replacing
@@ -37,6 +38,7 @@ class Format(NamedTuple):
 
 FORMATS = {
     ".pt2": Format(export_program.write, export_program.read),
+    ".onnx": Format(export_onnx.write, export_onnx.read),
 }
 """Each by the suffix of its files."""
 DESCRIPTION = "tubelet.json"
@@ -52,7 +54,7 @@ class ExportConfig:
     model: str
     """Model folder or finetuning run."""
     out: str
-    """File to write: NAME.pt2 for torch.export."""
+    """File to write: NAME.pt2 for torch.export, NAME.onnx for ONNX."""
 
     def validate(self) -> None:
         """Raises `Refused` for a file that cannot be written, or is there already."""

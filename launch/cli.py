@@ -32,7 +32,7 @@ USAGE = """tubelet COMMAND ...
   launch              start pretrain or finetune on all GPUs of this machine, or submit them or pack to SLURM
   estimate            tell what a run would take: parameters, steps, memory of each GPU, checkpoints, GPU-hours
   convert SOURCE OUT  make weights of VideoMAE, ViViT, X-CLIP, ViT or MAE a model to start from, or ours theirs
-  export MODEL OUT    write a classifier as one file of torch.export, which runs without Tubelet
+  export MODEL OUT    write a classifier as one file that runs without Tubelet: NAME.pt2 (torch.export) or NAME.onnx
   order               list the clips that each step of a run reads, without decoding any
   demo                all of it in minutes, on videos that it makes itself
 
