@@ -31,7 +31,10 @@ def sync_file(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on success syncs it and renames it over `path`, else removes it."""
+    """Yields a temporary path beside `path`; on success syncs it and renames it over `path`, else removes it.
+
+    An `OSError` that names no file, as that of a write does not, leaves with the name of `path`.
+    """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
@@ -39,6 +42,10 @@ def replacing(path: Path) -> Iterator[Path]:
         sync_file(temporary)
         os.replace(temporary, path)
         sync_file(path.parent)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

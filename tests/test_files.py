@@ -3,6 +3,7 @@
 import errno
 import multiprocessing
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,19 @@ def test_a_write_that_fails_leaves_the_file_as_it_was_and_nothing_beside_it(tmp_
     write_text(path, "after")
     assert path.read_text() == "after"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_write_for_which_there_is_no_room_tells_which_file(tmp_path):
+    path = tmp_path / "file"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match="too large") as caught:
+            write_text(path, "x" * 2000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (caught.value.filename, is_out_of_space(caught.value)) == (str(path), True)
+    assert not os.listdir(tmp_path)
 
 
 def test_a_full_disk_is_out_of_space():
