@@ -7,6 +7,7 @@
 It needs neither Tubelet nor timm.
 """
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,8 +25,9 @@ def write(model: nn.Module, clips: Tensor, metadata: dict[str, str], file: Path)
         file: The file.
     """
     program = torch.export.export(model, (clips,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    with open(file, "wb") as opened:
-        torch.export.save(program, opened, extra_files=metadata)
+    content = io.BytesIO()  # of a full disk torch would tell with a traceback
+    torch.export.save(program, content, extra_files=metadata)
+    file.write_bytes(content.getbuffer())
 
 
 def read(file: Path) -> Callable[[Tensor], Tensor]:
