@@ -24,6 +24,7 @@ from pretrain.errors import Refused
 from pretrain.model.blocks import LAYER_NORM_EPS, initialise
 from pretrain.model.encoder import Encoded, Encoder, EncoderConfig
 from pretrain.model.packing import PackedTokens, encode_packed, pool_segments
+from pretrain.model.rollout import Compared
 from pretrain.packing import packing_of
 from pretrain.weights import (
     configs_from,
@@ -121,6 +122,18 @@ class AttentionPool(nn.Module):
     def forward(self, encoded: Encoded) -> Tensor:
         """Returns `(B, D)` for what an encoder returned: of its last transformer's tokens, as the mean is."""
         return self.attention(encoded.last())
+
+    def weights(self, encoded: Encoded) -> Tensor:
+        """Returns `(B, K)`: how much the query looks at each token that `forward` reads, the mean over heads."""
+        return self.compared(encoded).mean()[:, 0]
+
+    def compared(self, encoded: Encoded) -> Compared:
+        """Returns the query and the keys that `forward` compares."""
+        pool, tokens = self.attention, encoded.last()
+        keys, _ = pool.kv(tokens).chunk(2, -1)
+        queries = pool.q(pool.latent.expand(len(tokens), -1, -1))
+        queries, keys = (part.unflatten(-1, (pool.num_heads, -1)).transpose(1, 2) for part in (queries, keys))
+        return Compared(pool.q_norm(queries), pool.k_norm(keys))
 
 
 class PackedClassifier(Classifier):

@@ -9,14 +9,17 @@ A file goes the way of the training videos: transcoded as packing does, decoded,
 
 import contextlib
 import dataclasses
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from finetune.classifier import Classifier, ModelDescription, load
 from finetune.config import ViewsConfig
+from finetune.explain import explanation_paths, name_of_view, rate_of, write_explanation
+from finetune.explanation_video import Caption
 from pretrain.data.pack_worker import VideoTask, transcode_task
 from pretrain.data.packed_views import packed_views_of
 from pretrain.data.pool import Died, WorkerPool, refuse_pool_options
@@ -44,11 +47,13 @@ class Prediction:
         classes: (name, probability) of the most probable classes, best first; none where there is an error. The
             probabilities of a multi-label model are each class's own.
         error: Why the file has no classes, with the remedy, or None.
+        explanation: The video that shows where the model looked, or None.
     """
 
     file: str
     classes: list[tuple[str, float]]
     error: str | None = None
+    explanation: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +72,8 @@ class PredictionOptions:
     """Seconds without progress after which such a process gives a video up."""
     micro_batch: int = 1
     """Videos that go through the model at once; packed clips go one video at a time."""
+    explain: str | None = None
+    """Folder that takes for each video another one, which shows where the model looked; None writes none."""
 
     def validate(self) -> None:
         """Raises `Refused` for numbers that cannot be."""
@@ -75,6 +82,34 @@ class PredictionOptions:
         for name in ("top", "micro_batch"):
             if getattr(self, name) < 1:
                 raise Refused(f"{name}: {getattr(self, name)} must be at least 1")
+
+
+class Cut(NamedTuple):
+    """A file whose views wait for the model.
+
+    Attributes:
+        file: The file.
+        clips: Its views, or the reason why it has none.
+        rate: How many frames of a clip are a second.
+        explanation: Where its explanation goes, or None.
+    """
+
+    file: str
+    clips: Tensor | PackedTokens | str
+    rate: float
+    explanation: Path | None
+
+
+class Scores(NamedTuple):
+    """The logits of a video.
+
+    Attributes:
+        mean: `(classes,)`, over its views.
+        views: `(views, classes)`.
+    """
+
+    mean: Tensor
+    views: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +144,8 @@ class Predictor:
             The prediction of each file in turn; that of a file that cannot be read says so, and the next ones go on.
 
         Raises:
-            Refused: A folder holds no video, or an option cannot be.
+            Refused: A folder holds no video, an option cannot be, or an explanation would replace a file.
+            DiskFull: There is no space for an explanation.
             StoppedByRule: The model returns logits that are not finite.
         """
         options = options or PredictionOptions()
@@ -120,51 +156,60 @@ class Predictor:
         yield from self._predicted(video_files([paths] if isinstance(paths, str | Path) else paths), options)
 
     def _predicted(self, files: list[str], options: PredictionOptions) -> Iterator[Prediction]:
-        waiting: list[tuple[str, Tensor | PackedTokens | str]] = []
+        paths: Sequence[Path | None] = [None] * len(files)
+        if options.explain is not None:
+            paths = explanation_paths(Path(options.explain), files)
+        waiting: list[Cut] = []
         with contextlib.closing(stored_videos(files, self.description, options)) as stored:
-            for file, video in zip(files, stored, strict=True):
-                waiting.append((file, self._clips_or_reason(video, options)))
+            for file, video, path in zip(files, stored, paths, strict=True):
+                waiting.append(self._cut(file, video, path, options))
                 if len(waiting) == options.micro_batch:
                     yield from self._named(waiting, options)
                     waiting = []
             yield from self._named(waiting, options)
 
-    def _clips_or_reason(self, video: Transcoded | str, options: PredictionOptions) -> Tensor | PackedTokens | str:
+    def _cut(self, file: str, video: Transcoded | str, path: Path | None, options: PredictionOptions) -> Cut:
         if isinstance(video, str):
-            return video
+            return Cut(file, video, 0, None)
         try:
-            return clips_of(video, self.description, options.views, options.decoder)
+            clips = clips_of(video, self.description, options.views, options.decoder)
         except BadSample as error:
-            return undecodable(str(error))
+            return Cut(file, undecodable(str(error)), 0, None)
+        return Cut(file, clips, rate_of(self.description.clip, video.frame_rate), path)
 
-    def _named(
-        self, group: list[tuple[str, Tensor | PackedTokens | str]], options: PredictionOptions
-    ) -> Iterator[Prediction]:
+    def _named(self, group: list[Cut], options: PredictionOptions) -> Iterator[Prediction]:
         """Returns the predictions of files with their clips, or with the reason why they have none."""
-        logits = iter(self._logits([clips for _, clips in group if not isinstance(clips, str)]))
-        for file, clips in group:
-            if isinstance(clips, str):
-                yield Prediction(file, [], clips)
+        logits = iter(self._logits([one.clips for one in group if not isinstance(one.clips, str)]))
+        for one in group:
+            if isinstance(one.clips, str):
+                yield Prediction(one.file, [], one.clips)
                 continue
             scores = next(logits)
-            if not scores.isfinite().all():
-                raise StoppedByRule(f"{file}: the logits of {self.name} are not finite; finetune again")
-            probabilities = scores.sigmoid() if self.description.multi_label else scores.softmax(0)
+            if not scores.mean.isfinite().all():
+                raise StoppedByRule(f"{one.file}: the logits of {self.name} are not finite; finetune again")
+            probabilities = scores.mean.sigmoid() if self.description.multi_label else scores.mean.softmax(0)
             best = probabilities.topk(min(options.top, len(self.classes)))
             names = [self.classes[number] for number in best.indices.tolist()]
-            yield Prediction(file, list(zip(names, best.values.tolist(), strict=True)))
+            classes = list(zip(names, best.values.tolist(), strict=True))
+            shown = None
+            if one.explanation is not None:
+                view = int(scores.views[:, best.indices[0]].argmax())
+                caption = Caption(*classes[0], Path(one.file).name, name_of_view(view, options.views))
+                write_explanation(one.explanation, self.model, one.clips, view, caption, one.rate)
+                shown = str(one.explanation)
+            yield Prediction(one.file, classes, explanation=shown)
 
     @torch.no_grad()
-    def _logits(self, clips: list[Tensor | PackedTokens]) -> list[Tensor]:
-        """Returns for each video `(classes,)`, the mean over its views."""
+    def _logits(self, clips: list[Tensor | PackedTokens]) -> list[Scores]:
         if not clips:
             return []
         device = next(self.model.parameters()).device
         if isinstance(clips[0], PackedTokens):
-            alone = (self.model(PackedTokens(*(part.to(device) for part in one))) for one in clips)
-            return [logits.float().mean(0).flatten().cpu() for logits in alone]
+            alone = (self.model(PackedTokens(*(part.to(device) for part in one))).float() for one in clips)
+            return [Scores(logits.mean(0).flatten().cpu(), logits.flatten(0, 1).cpu()) for logits in alone]
         together = torch.cat([one for one in clips if isinstance(one, Tensor)])
-        return list(self.model(together.to(device)).float().unflatten(0, (len(clips), -1)).mean(1).cpu())
+        logits = self.model(together.to(device)).float().unflatten(0, (len(clips), -1))
+        return [Scores(*both) for both in zip(logits.mean(1).cpu(), logits.cpu(), strict=True)]
 
 
 def load_predictor(folder: str | Path) -> Predictor:

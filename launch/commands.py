@@ -75,6 +75,11 @@ def predict(arguments: list[str]) -> int:
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes that read videos ahead (2)")
     parser.add_argument("--stall_s", type=float, default=60, metavar="S", help="give a video up after this long (60)")
     parser.add_argument("--micro_batch", type=int, default=4, metavar="N", help="videos in the model at once (4)")
+    parser.add_argument(
+        "--explain",
+        metavar="FOLDER",
+        help="write FOLDER/NAME.mp4 for each video: where the model's attention goes in the view that decided most",
+    )
     predicted: list[bool] = []
 
     def command() -> None:
@@ -91,9 +96,12 @@ def predict(arguments: list[str]) -> int:
                 print(f"tubelet: {prediction.file}: {' '.join(prediction.error.split())}", file=sys.stderr)
             if as_json:
                 classes = [{"name": name, "probability": round(share, 6)} for name, share in prediction.classes]
-                print(json.dumps({"file": prediction.file, "classes": classes, "error": prediction.error}), flush=True)
+                told = {"file": prediction.file, "classes": classes, "error": prediction.error}
+                told |= {"explanation": prediction.explanation} if options["explain"] else {}
+                print(json.dumps(told), flush=True)
             elif not prediction.error:
                 shares = [f"\n  {100 * probability:5.1f} %  {name}" for name, probability in prediction.classes]
+                shares += [f"\n  explained by {prediction.explanation}"] if prediction.explanation else []
                 print(prediction.file + "".join(shares), flush=True)
 
     code = run_command(command)

@@ -119,6 +119,26 @@ def middle_frame(task: FrameTask) -> np.ndarray | None:
         return None
 
 
+def shortened(text: str, font: ImageFont.FreeTypeFont, room: float) -> str:
+    """Returns a text cut in its middle so that it fits into `room` pixels: keys differ at their ends."""
+    if font.getlength(text) <= room:
+        return text
+    for kept in range(len(text) - 1, 1, -1):
+        short = f"{text[: (kept + 1) // 2]}\u2026{text[-(kept // 2) :]}"
+        if font.getlength(short) <= room:
+            return short
+    return "\u2026"
+
+
+@functools.cache
+def font(size_px: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """Returns DejaVu Sans, which has Latin, Greek, Cyrillic and more, as matplotlib brings it along."""
+    import matplotlib
+
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf" / name), size_px)
+
+
 @functools.lru_cache(maxsize=1)
 def _opened(folder: Path | RemoteFolder) -> ShardSet:
     return ShardSet.open(folder)
@@ -136,7 +156,7 @@ def _cell(frame: np.ndarray | None, height: int) -> tuple[Image.Image, Image.Ima
     cell = Image.new("RGB", (CELL_WIDTH_PX, height), EMPTY)
     if frame is None:
         place = CELL_WIDTH_PX / 2, height / 2
-        ImageDraw.Draw(cell).text(place, "cannot be decoded", FAINT, _font(17), anchor="mm")
+        ImageDraw.Draw(cell).text(place, "cannot be decoded", FAINT, font(17), anchor="mm")
     else:
         picture = _fitted(Image.fromarray(frame), CELL_WIDTH_PX, height)
         cell.paste(picture, ((CELL_WIDTH_PX - picture.width) // 2, (height - picture.height) // 2))
@@ -155,13 +175,13 @@ def _fitted(picture: Image.Image, width: int, height: int) -> Image.Image:
 def _write_heading(sheet: Image.Image, shards: ShardSet, shown: int) -> None:
     draw = ImageDraw.Draw(sheet)
     room = sheet.width - 2 * MARGIN_PX
-    title, small = _font(32, bold=True), _font(18)
+    title, small = font(32, bold=True), font(18)
     classes = f"{len(shards.classes)} classes" if shards.labelled else "unlabelled"
     facts = (f"{shown} of {shards.samples} samples", classes, f"fingerprint {shards.fingerprint[:12]}")
     line = " \u00b7 ".join(facts)
     name = Path(str(shards.folder)).absolute().name
-    draw.text((MARGIN_PX, MARGIN_PX), _shortened(name, title, room), INK, title, anchor="lt")
-    draw.text((MARGIN_PX, MARGIN_PX + 46), _shortened(line, small, room), FAINT, small, anchor="lt")
+    draw.text((MARGIN_PX, MARGIN_PX), shortened(name, title, room), INK, title, anchor="lt")
+    draw.text((MARGIN_PX, MARGIN_PX + 46), shortened(line, small, room), FAINT, small, anchor="lt")
 
 
 def _write_caption(
@@ -170,23 +190,12 @@ def _write_caption(
     draw = ImageDraw.Draw(sheet)
     left, middle = corner[0] + 2, corner[1] + 22
     right: float = corner[0] + CELL_WIDTH_PX - 2
-    draw.text((right, middle), f"#{number}", FAINT, _font(14), anchor="rm")
-    right -= draw.textlength(f"#{number}", _font(14)) + 10
+    draw.text((right, middle), f"#{number}", FAINT, font(14), anchor="rm")
+    right -= draw.textlength(f"#{number}", font(14)) + 10
     if colour is not None:
         draw.ellipse((left, middle - 5, left + 10, middle + 5), colour)
         left += 18
-    draw.text((left, middle), _shortened(name, _font(18), right - left), INK, _font(18), anchor="lm")
-
-
-def _shortened(text: str, font: ImageFont.FreeTypeFont, room: float) -> str:
-    """A text cut in its middle so that it fits into `room` pixels: keys differ at their ends."""
-    if font.getlength(text) <= room:
-        return text
-    for kept in range(len(text) - 1, 1, -1):
-        short = f"{text[: (kept + 1) // 2]}\u2026{text[-(kept // 2) :]}"
-        if font.getlength(short) <= room:
-            return short
-    return "\u2026"
+    draw.text((left, middle), shortened(name, font(18), right - left), INK, font(18), anchor="lm")
 
 
 def _hue(label: int | None) -> tuple[int, int, int] | None:
@@ -195,12 +204,3 @@ def _hue(label: int | None) -> tuple[int, int, int] | None:
         return None
     red, green, blue = colorsys.hls_to_rgb(label * 0.618034 % 1, 0.52, 0.62)
     return round(255 * red), round(255 * green), round(255 * blue)
-
-
-@functools.cache
-def _font(size_px: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which has Latin, Greek, Cyrillic and more, as matplotlib brings it along."""
-    import matplotlib
-
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf" / name), size_px)

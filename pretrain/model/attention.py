@@ -85,7 +85,7 @@ class Attention(nn.Module):
         if key is None:
             queries, keys, values = self.project(query, rotary)
         else:
-            queries, keys, values = self._project_apart(query, key, key if value is None else value)
+            queries, keys, values = self.project_apart(query, key, key if value is None else value)
         return self.merge(attend(queries, keys, values, mask))
 
     def project(self, tokens: Tensor, rotary: Rotary | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,7 +102,8 @@ class Attention(nn.Module):
         """Puts heads `(B, Hd, N, D / Hd)` side by side and projects them to `(B, N, D)`."""
         return self.projection(attended.transpose(1, 2).flatten(2))
 
-    def _project_apart(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project_apart(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns queries, keys and values, each `(B, Hd, N, D / Hd)`, of three inputs `(B, N, D)`."""
         query, key, value = (
             functional.linear(tokens, weight, bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for tokens, weight, bias in zip(inputs, self.qkv.weight.chunk(3), self._biases(), strict=True)

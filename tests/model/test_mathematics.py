@@ -217,7 +217,7 @@ def test_normalised_queries_and_keys_have_the_precision_of_values():
         norm.register_forward_hook(lambda *called: called[-1].float())
     tokens = torch.randn(1, 3, 24)
     with torch.autocast("cpu", torch.bfloat16):
-        for parts in (attention.project(tokens), attention._project_apart(tokens, tokens, tokens)):
+        for parts in (attention.project(tokens), attention.project_apart(tokens, tokens, tokens)):
             assert {part.dtype for part in parts} == {torch.bfloat16}
 
 
