@@ -155,7 +155,8 @@ def finetune_in(processes: Processes, config: FinetuneConfig, inputs: Inputs) ->
             export=functools.partial(export_classifier, description, config.lora, run),
             averaging=config.ema,
         )
-        if not run.processes.uses_deepspeed:  # or weights may be divided among ranks, or in half precision
+        # DeepSpeed may divide weights or hold them in half precision; what is compiled would be compiled anew.
+        if not (run.processes.uses_deepspeed or config.compile):
             merge_adapters(run.processes.accelerator.unwrap_model(model), config.lora)
         summary = summarise(run, max(run.first_step, steps))
         evaluation, hardest = None, None

@@ -172,6 +172,13 @@ def test_packed_clips_go_through_adapters():
     torch.testing.assert_close(model(packed, clips=2), after, atol=1e-5, rtol=1e-5)
 
 
+def test_adapters_take_no_memory_where_the_model_takes_none():
+    with torch.device("meta"):
+        model = adapted(LORA)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert any(".lora_" in name for name, _ in model.named_parameters())
+
+
 def test_weights_in_half_precision_are_merged_in_full():
     model = learned(adapted(LORA)).bfloat16()
     weights, name = model.state_dict(), "encoder.blocks.0.attention.qkv"
