@@ -97,7 +97,9 @@ def merged(weights: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
 
 
 def merge_adapters(classifier: nn.Module, config: LoraConfig) -> None:
-    """Puts the merged weights into a trained classifier, in place of its adapters, which it cannot go on with."""
+    """Puts the merged weights in the place of a trained classifier's adapters, with which its training ends."""
+    if config.rank is None:
+        return
     weights = merged(classifier.state_dict(), config)
     for name, module in list(classifier.named_modules()):
         if name.endswith(".base_layer"):

@@ -35,7 +35,8 @@ def classifier(
     name: str = "joint", pool: str = "class_token", kind: type[Classifier] = Classifier, **fields
 ) -> Classifier:
     torch.manual_seed(0)
-    config = EncoderConfig(name=name, width=32, depth=2, heads=2, tubelet=(2, 8, 8), temporal_depth=1, **fields)
+    fields = {"width": 32, "depth": 2, "heads": 2, "tubelet": (2, 8, 8), "temporal_depth": 1} | fields
+    config = EncoderConfig(name=name, **fields)
     encoder = build_encoder(config, 4, 16, class_token=pool == "class_token")
     return kind(encoder, HeadConfig(pool=pool, init_scale=1.0), 3).eval()
 
@@ -101,6 +102,10 @@ def test_adapters_are_beside_the_linear_layers_of_blocks_that_are_asked_for_and_
         model = adapted(LoraConfig(rank=4, targets=targets), name)
         found = {one.rpartition(".lora_A")[0] for one, _ in model.named_parameters() if ".lora_A" in one}
         assert found == {f"encoder.blocks.{block}.{layer}" for block in (0, 1) for layer in layers}
+    model = classifier(depth=12)  # peft shortens long lists of names
+    add_adapters(model, EVERYWHERE, 5)
+    found = {one.rpartition(".lora_A")[0] for one, _ in model.named_parameters() if ".lora_A" in one}
+    assert found == {f"encoder.blocks.{block}.{layer}" for block in range(4, 12) for layer in attention | mlp}
     found = {one.split(".")[0] for one in adapted_layers(classifier("factorised_encoder").encoder, LORA)}
     assert found == {"blocks", "temporal_blocks"}
 
