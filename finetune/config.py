@@ -1,6 +1,7 @@
 """The configuration of a finetuning run."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from pretrain.config import RunConfig, ValidationConfig
@@ -30,6 +31,41 @@ class HeadConfig:
             raise Refused(f"head.dropout: {self.dropout} must be at least 0 and less than 1")
         if self.init_scale <= 0 or any(width < 1 for width in self.hidden):
             raise Refused("head.init_scale, head.hidden: must be greater than 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (LoRA, arXiv 2106.09685), trained in place of the pretrained weights; needs peft."""
+
+    rank: int | None = None
+    """Rank of the adapters, such as 8; None has none."""
+    alpha: float = 16.0
+    """What adapters return is scaled by alpha / rank, so that another rank needs no other learning rate."""
+    dropout: float = 0.0
+    """Dropout before the adapters."""
+    targets: Literal["attention", "mlp", "all"] = "attention"
+    """Linear layers of the blocks that have adapters: those of attention, those of the MLPs, or all."""
+
+    @property
+    def scale(self) -> float:
+        """Factor on what adapters return."""
+        return self.alpha / (self.rank or 1)
+
+    def validate(self) -> None:
+        """Raises `Refused` for values that cannot be, or that have no adapters to tell of."""
+        if self.rank is None:
+            given = [
+                name for name in ("alpha", "dropout", "targets") if getattr(self, name) != getattr(LoraConfig, name)
+            ]
+            if given:
+                raise Refused(f"lora.rank: is missing; lora.{given[0]} needs it, such as 8")
+            return
+        if self.rank < 1:
+            raise Refused(f"lora.rank: {self.rank} must be at least 1; leave it out to have no adapters")
+        if not 0 < self.alpha < math.inf:
+            raise Refused(f"lora.alpha: {self.alpha} must be greater than 0")
+        if not 0 <= self.dropout < 1:
+            raise Refused(f"lora.dropout: {self.dropout} must be at least 0 and less than 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +133,8 @@ class FinetuneConfig(RunConfig):
     """The encoder's architecture: needed from scratch, and checked where an encoder is given."""
     freeze: int | Literal["encoder"] | None = None
     """Lowest layers that stay as pretrained: 1 is the embedding, N + 1 it and N blocks; encoder is all of it."""
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    """Low-rank adapters in the layers that freeze leaves; all else that was pretrained stays as it is."""
     drop_path: float = 0.1
     """Probability that a clip skips the last block's branches in training."""
     head: HeadConfig = dataclasses.field(default_factory=HeadConfig)
@@ -130,6 +168,7 @@ class FinetuneConfig(RunConfig):
             refuse_divided_weights(self.deepspeed_file, "ema.decay")
         self.source()
         self._validate_frozen()
+        self._validate_adapters()
         if self.architecture is not None and self.architecture.drop_path:
             raise Refused("architecture.drop_path: is not read in finetuning; give drop_path instead")
         if self.data.packing is not None:
@@ -144,6 +183,16 @@ class FinetuneConfig(RunConfig):
             raise Refused("freeze: is for a pretrained encoder; leave it out to train from scratch, or give encoder")
         if self.freeze != "encoder" and self.freeze < 1:
             raise Refused(f"freeze: {self.freeze} must be at least 1, or encoder; leave it out to train all layers")
+
+    def _validate_adapters(self) -> None:
+        self.lora.validate()
+        if self.lora.rank is not None and self.encoder is None:
+            raise Refused("lora.rank: is for a pretrained encoder; leave it out to train from scratch, or give encoder")
+        if self.lora.rank is not None and self.freeze == "encoder":
+            raise Refused(
+                "freeze, lora.rank: no layer is left for adapters where the encoder is frozen; give one of them, or a "
+                "number of layers to freeze"
+            )
 
     def _validate_packed(self) -> None:
         if self.head.pool != "mean":

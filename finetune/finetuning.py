@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from finetune.adapters import add_adapters, merge_adapters, merged
 from finetune.classifier import Classifier, ModelDescription, save_classifier
-from finetune.config import FinetuneConfig, ViewsConfig
+from finetune.config import FinetuneConfig, LoraConfig, ViewsConfig
 from finetune.evaluate import (
     check_classes,
     check_training_labels,
@@ -111,6 +112,7 @@ def inputs_of(config: FinetuneConfig) -> Inputs:
     description = describe(config, start.architecture, shards)
     torch.manual_seed(config.seed)
     classifier = build_classifier(description, start)
+    add_adapters(classifier, config.lora, config.freeze)
     freeze(classifier, config.freeze)
     clips = training_clips(config, description, shards, held_out)
     trained = trained_fields(config, start, description)
@@ -150,9 +152,12 @@ def finetune_in(processes: Processes, config: FinetuneConfig, inputs: Inputs) ->
                 config.mixing, config.data.clip, len(shards.classes), bool(config.data.packing), shards.multi_label
             ),
             checks=checks,
-            export=functools.partial(export_classifier, description, run),
+            export=functools.partial(export_classifier, description, config.lora, run),
             averaging=config.ema,
         )
+        # DeepSpeed may divide weights or hold them in half precision; what is compiled would be compiled anew.
+        if not (run.processes.uses_deepspeed or config.compile):
+            merge_adapters(run.processes.accelerator.unwrap_model(model), config.lora)
         summary = summarise(run, max(run.first_step, steps))
         evaluation, hardest = None, None
         if held_out:
@@ -213,6 +218,7 @@ def trained_fields(config: FinetuneConfig, start: Start, description: ModelDescr
         **named_fields("head", config.head),
         **named_fields("ema", config.ema),
         "freeze": config.freeze,
+        **named_fields("lora", config.lora),
     }
 
 
@@ -289,12 +295,12 @@ def evaluate_finally(
     return evaluation, run.processes.on_main_only(lambda: hardest_videos(evaluation, cutter))
 
 
-def export_classifier(description: ModelDescription, run: Run, model: nn.Module) -> Exported | None:
+def export_classifier(description: ModelDescription, lora: LoraConfig, run: Run, model: nn.Module) -> Exported | None:
     """Returns the classifier for the run's folder; every rank calls it, since ZeRO 3 gathers the weights."""
     weights = whole_weights(run.processes, model)
     if weights is None:
         return None
-    return Exported(weights, lambda copied: save_classifier(run.out / "model", copied, description))
+    return Exported(weights, lambda copied: save_classifier(run.out / "model", merged(copied, lora), description))
 
 
 def write_finetuning_report(

@@ -39,19 +39,25 @@ def freeze(classifier: Classifier, frozen: Frozen | None) -> None:
             f"that, or encoder for all that was pretrained"
         )
     for name, parameter in encoder.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad and not _stays(encoder, name, frozen))
+        parameter.requires_grad_(parameter.requires_grad and not stays(encoder, name, frozen))
     classifier.frozen = [module for module in encoder.modules() if _is_frozen(module)]
-    trained = sum(parameter.numel() for parameter in classifier.parameters() if parameter.requires_grad)
-    total = sum(parameter.numel() for parameter in classifier.parameters())
     what = "the encoder stays" if frozen == "encoder" else f"the lowest {frozen} of {encoder.layers + 1} layers stay"
-    logger.info(f"{what} as pretrained: {trained:,} of {total:,} parameters are trained")
+    logger.info(f"{what} as pretrained: {trained_share(classifier)}")
     if encoder.class_token is not None and encoder.class_token.requires_grad and not encoder.has_class_tokens:
         logger.info(
             "the class token is fresh and trained through the frozen layers; head.pool attention or mean is faster"
         )
 
 
-def _stays(encoder: Encoder, name: str, frozen: Frozen) -> bool:
+def trained_share(model: nn.Module) -> str:
+    """Tells how many of a model's parameters are trained."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return f"{trained:,} of {total:,} parameters are trained"
+
+
+def stays(encoder: Encoder, name: str, frozen: Frozen) -> bool:
+    """Whether what has this name in an encoder stays as pretrained."""
     if name == "class_token" and not encoder.has_class_tokens:
         return False
     return frozen == "encoder" or encoder.layer_of(name) < frozen

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from finetune.adapters import add_adapters
 from finetune.classifier import Classifier, ModelDescription
 from finetune.config import FinetuneConfig
 from finetune.freezing import freeze
@@ -101,6 +102,7 @@ def finetuned_model(config: FinetuneConfig, classes: int) -> TrainedModel:
 
     def classifier() -> Classifier:
         built = description.build(description.build_encoder())
+        add_adapters(built, config.lora, config.freeze)
         freeze(built, config.freeze)
         return built
 

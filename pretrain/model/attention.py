@@ -30,6 +30,14 @@ class Rotary(NamedTuple):
         return turned.to(heads.dtype)
 
 
+class LinearWithGivenBias(nn.Linear):
+    """A linear layer that is called with its bias, also by what wraps it, such as an adapter."""
+
+    def forward(self, inputs: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Returns `(..., outputs)` for `(..., inputs)`."""
+        return functional.linear(inputs, self.weight, bias)
+
+
 class Attention(nn.Module):
     """Multi-head attention.
 
@@ -53,7 +61,7 @@ class Attention(nn.Module):
         """Creates one projection for queries, keys and values, and the output projection."""
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.qkv = LinearWithGivenBias(width, 3 * width, bias=False)
         self.query_bias = nn.Parameter(torch.zeros(width))
         self.key_bias = nn.Parameter(torch.zeros(width)) if biases == "all" else None
         self.value_bias = nn.Parameter(torch.zeros(width))
@@ -90,7 +98,7 @@ class Attention(nn.Module):
 
     def project(self, tokens: Tensor, rotary: Rotary | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Returns queries, keys and values, each `(B, Hd, N, D / Hd)`, of tokens `(B, N, D)`."""
-        qkv = functional.linear(tokens, self.qkv.weight, torch.cat(self._biases()))
+        qkv = self.qkv(tokens, torch.cat(self._biases()))
         # Three chunks and not one permutation: their gradients are put side by side in a single copy.
         query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in qkv.chunk(3, -1))
         query, key = self._normalised(query, key)
@@ -104,11 +112,18 @@ class Attention(nn.Module):
 
     def project_apart(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns queries, keys and values, each `(B, Hd, N, D / Hd)`, of three inputs `(B, N, D)`."""
-        query, key, value = (
-            functional.linear(tokens, weight, bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for tokens, weight, bias in zip(inputs, self.qkv.weight.chunk(3), self._biases(), strict=True)
-        )
+        projected = self._thirds(*inputs)
+        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in projected)
         return *self._normalised(query, key), value
+
+    def _thirds(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """Projects each input by its third of the projection."""
+        if isinstance(self.qkv, nn.Linear):
+            return list(map(functional.linear, (query, key, value), self.qkv.weight.chunk(3), self._biases()))
+        bias = torch.cat(self._biases())  # what wraps the projection has no thirds
+        keyed = self.qkv(key, bias).chunk(3, -1)
+        valued = keyed if value is key else self.qkv(value, bias).chunk(3, -1)
+        return [self.qkv(query, bias).chunk(3, -1)[0], keyed[1], valued[2]]
 
     def _normalised(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Normalises in each head; autocast would return full precision, which flex attention does not mix."""

@@ -1,5 +1,6 @@
 """What the papers' equations imply, for every encoder: who can see whom, and when designs agree with each other."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -230,6 +231,40 @@ def test_cross_attention_is_self_attention_over_both_without_the_queries_own_key
     expected = attention(torch.cat([queries, context], 1), mask=mask)[:, :3]
     torch.testing.assert_close(attention(queries, context, context), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(attention(queries, context), expected, atol=1e-5, rtol=1e-5)
+
+
+class Doubled(torch.nn.Module):
+    """Stands around a projection, as an adapter does."""
+
+    def __init__(self, base_layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.weight = base_layer.weight
+
+    def forward(self, *given: Tensor) -> Tensor:
+        return 2 * self.base_layer(*given)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("biases", ["query_value", "all"])
+def test_what_wraps_a_projection_is_asked_by_self_attention_cross_attention_and_attention_along_axes(biases):
+    torch.manual_seed(0)
+    tokens, keys, values = torch.randn(3, 2, 6, 24).unbind()
+    for layer, inputs in (
+        (Attention(24, 2, biases), (tokens,)),
+        (Attention(24, 2, biases), (tokens[:, :1], tokens)),
+        (Attention(24, 2, biases), (tokens, keys, values)),
+        (AxialAttention(24, 2, 1, biases), (tokens, 3)),
+    ):
+        perturbed(layer)
+        doubled = copy.deepcopy(layer)
+        for name, parameter in doubled.named_parameters():
+            if name.startswith(("qkv.", "query_bias", "key_bias", "value_bias")):
+                parameter.mul_(2)
+        plain = layer(*inputs)
+        layer.qkv = Doubled(layer.qkv)
+        torch.testing.assert_close(layer(*inputs), doubled(*inputs), atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(layer(*inputs), plain, atol=1e-2)
 
 
 @pytest.mark.parametrize("recomputes", [False, True])

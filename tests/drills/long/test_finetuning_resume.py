@@ -12,10 +12,13 @@ from tests.drills.test_resume import goes_on_from, lines
 from tests.runs import TINY, TINY_ENCODER, run, start
 
 STEPS, EVERY = 12, 4
+ADAPTERS = ["--lora.rank", 4, "--lora.dropout", 0.2]
 VARIANTS = {
     "one-process": (1, []),
     "zero1-of-two": (2, ["--deepspeed", "zero1"]),
     "zero2-of-two": (2, ["--deepspeed", "zero2"]),
+    "adapters": (1, ADAPTERS),
+    "adapters-zero2-of-two": (2, [*ADAPTERS, "--deepspeed", "zero2"]),
 }
 FILES = (
     f"checkpoints/step-{STEPS:08d}/{AVERAGE}",
@@ -48,6 +51,15 @@ def recipe(packed_shards, tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def first(recipe, packed_shards, tmp_path_factory) -> Path:
+    """A short run, whose encoder others start from."""
+    folder = tmp_path_factory.mktemp("first")
+    done = run("finetune", [*arguments(recipe, packed_shards, folder / "run"), "--steps", EVERY], folder)
+    assert done.code == 0, done.text
+    return folder / "run"
+
+
 def arguments(recipe: Path, packed_shards: Path, out: Path, *more: object) -> list[object]:
     return ["--config", recipe, "--validation.shards", packed_shards, "--out", out, *more]
 
@@ -59,9 +71,11 @@ def record(out: Path) -> list[tuple]:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_killed_finetuning_ends_with_the_weights_and_averages_of_one_that_was_not(
-    variant, recipe, packed_shards, tmp_path
+    variant, recipe, packed_shards, first, tmp_path
 ):
     world, options = VARIANTS[variant]
+    if "--lora.rank" in options:
+        options = [*options, "--encoder", first]
     reference, out = tmp_path / "reference", tmp_path / "run"
     done = run("finetune", arguments(recipe, packed_shards, reference, *options), tmp_path, world=world)
     assert done.codes == [0] * world, done.text
@@ -103,14 +117,34 @@ def test_two_processes_hand_their_average_to_one_and_back(options, recipe, packe
     assert all(torch.equal(value, exported[name]) for name, value in before.items())
 
 
-def test_frozen_layers_stay_through_zero_2_of_two_processes_and_of_one(recipe, packed_shards, tmp_path):
-    first = run("finetune", [*arguments(recipe, packed_shards, tmp_path / "first"), "--steps", EVERY], tmp_path)
-    assert first.code == 0, first.text
-    frozen = ["--encoder", tmp_path / "first", "--freeze", 1, "--deepspeed", "zero2"]
+def test_frozen_layers_stay_through_zero_2_of_two_processes_and_of_one(recipe, packed_shards, first, tmp_path):
+    frozen = ["--encoder", first, "--freeze", 1, "--deepspeed", "zero2"]
     for world, steps in ((2, EVERY), (1, STEPS)):
         more = arguments(recipe, packed_shards, tmp_path / "run", *frozen, "--steps", steps)
         done = run("finetune", more, tmp_path, world=world)
         assert done.codes == [0] * world, done.text
-    before, after = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("first", "run"))
+    before, after = (load_file(out / "model" / "model.safetensors") for out in (first, tmp_path / "run"))
     stays = {name for name, value in before.items() if torch.equal(value, after[name])}
     assert stays == {name for name in before if name.startswith("encoder.embedding.")}
+
+
+@pytest.mark.parametrize("zero", ["zero1", "zero3"])
+def test_adapters_learn_under_zero_what_they_learn_without_and_go_on_in_another_world(
+    zero, recipe, packed_shards, first, tmp_path
+):
+    adapters = [*ADAPTERS, "--encoder", first, "--ema.decay", "null", "--ema.warmup", "false"]
+    for name, options in (("plain", []), (zero, ["--deepspeed", zero])):
+        more = arguments(recipe, packed_shards, tmp_path / name, *adapters, *options, "--steps", EVERY)
+        done = run("finetune", more, tmp_path, world=2)
+        assert done.codes == [0, 0], done.text
+    plain, divided = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("plain", zero))
+    assert {name: value.shape for name, value in divided.items()} == {name: v.shape for name, v in plain.items()}
+    assert all(torch.allclose(value, plain[name], atol=1e-5) for name, value in divided.items())
+    more = arguments(recipe, packed_shards, tmp_path / zero, *adapters, "--deepspeed", zero, "--steps", 2 * EVERY)
+    done = run("finetune", more, tmp_path)
+    assert done.code == 0, done.text
+    after = load_file(tmp_path / zero / "model" / "model.safetensors")
+    changed = {name for name, value in divided.items() if not torch.equal(value, after[name])}
+    assert {name for name in changed if name.startswith("encoder.")} == {
+        f"encoder.blocks.0.attention.{layer}.weight" for layer in ("qkv", "projection")
+    }
