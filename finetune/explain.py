@@ -4,6 +4,7 @@ That is the view in which the class that the video is taken for has its largest 
 """
 
 import os
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -39,15 +40,24 @@ def explanation_paths(folder: Path, files: Iterable[str]) -> list[Path]:
     paths = []
     for file in files:
         stem = name = os.fsencode(Path(file).stem)[:STEM_BYTES].decode(errors="ignore")
-        while name.casefold() in taken:
-            taken[stem.casefold()] += 1
-            name = f"{stem}-{taken[stem.casefold()]}"
-        taken[name.casefold()] = 1
+        while _same(name) in taken:
+            taken[_same(stem)] += 1
+            name = f"{stem}-{taken[_same(stem)]}"
+        taken[_same(name)] = 1
         paths.append(folder / f"{name}.mp4")
     for path in paths:
         if os.path.lexists(path):
-            raise Refused(f"{OPTION}: {path} is there already; name another folder, or remove it")
+            raise _is_there(path)
     return paths
+
+
+def _same(name: str) -> str:
+    """Returns what two names share that are one file on some file system."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _is_there(path: Path) -> Refused:
+    return Refused(f"{OPTION}: {path} is there already; name another folder, or remove it")
 
 
 def write_explanation(
@@ -65,13 +75,21 @@ def write_explanation(
 
     Raises:
         DiskFull: There is no space for it.
-        Refused: The folder takes no more files.
+        Refused: The folder takes no more files, or another process has written this one meanwhile.
     """
     only = slice(view, view + 1)
     alone = PackedTokens(*(part[only] for part in clips)) if isinstance(clips, PackedTokens) else clips[only]
     video = encode_explanation(heat_map(model, alone), caption, rate)
     with writing_to(path.parent, OPTION):
-        write_bytes(path, video)
+        try:
+            path.touch(exist_ok=False)
+        except FileExistsError:
+            raise _is_there(path) from None
+        try:
+            write_bytes(path, video)
+        except OSError:
+            path.unlink()
+            raise
 
 
 def rate_of(clip: ClipConfig, stored_rate: float) -> float:
@@ -81,9 +99,10 @@ def rate_of(clip: ClipConfig, stored_rate: float) -> float:
     return stored_rate / clip.step(stored_rate)
 
 
-def name_of_view(view: int, views: ViewsConfig) -> str:
+def name_of_view(view: int, views: ViewsConfig, clip: ClipConfig) -> str:
     """Returns which time window and which crop the view of a number is; empty where there is one only."""
     window, crop = divmod(view, views.spatial)
-    names = [f"time window {window + 1} of {views.temporal}"] if views.temporal > 1 else []
+    kind = "shift" if clip.sampling == "segments" else "time window"
+    names = [f"{kind} {window + 1} of {views.temporal}"] if views.temporal > 1 else []
     names += [f"crop {crop + 1} of {views.spatial}"] if views.spatial > 1 else []
     return ", ".join(names)

@@ -194,7 +194,9 @@ class Predictor:
             shown = None
             if one.explanation is not None:
                 view = int(scores.views[:, best.indices[0]].argmax())
-                caption = Caption(*classes[0], Path(one.file).name, name_of_view(view, options.views))
+                caption = Caption(
+                    *classes[0], Path(one.file).name, name_of_view(view, options.views, self.description.clip)
+                )
                 write_explanation(one.explanation, self.model, one.clips, view, caption, one.rate)
                 shown = str(one.explanation)
             yield Prediction(one.file, classes, explanation=shown)

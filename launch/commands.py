@@ -97,7 +97,7 @@ def predict(arguments: list[str]) -> int:
             if as_json:
                 classes = [{"name": name, "probability": round(share, 6)} for name, share in prediction.classes]
                 told = {"file": prediction.file, "classes": classes, "error": prediction.error}
-                told |= {"explanation": prediction.explanation} if options["explain"] else {}
+                told |= {"explanation": prediction.explanation} if options["explain"] is not None else {}
                 print(json.dumps(told), flush=True)
             elif not prediction.error:
                 shares = [f"\n  {100 * probability:5.1f} %  {name}" for name, probability in prediction.classes]

@@ -271,6 +271,9 @@ def _plain(text: str) -> str:
     if union:
         kinds = [kind for kind in re.split(r" ?- [Ee]xpected a? ?", union[1])[1:] if "NoneType" not in kind]
         text = f"expected {' or '.join(kinds)}, got {union[2]}"
+    group = re.search(r"Unable to load config '(.*?)'|dot import path string: (.*?), got", text)
+    if group:
+        return f"holds fields of its own, got {group[1] or group[2]}; see --help"
     text = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", text)
     text = re.sub(r"<class '(\w+)'>", r"\1", text).replace("Expected a ", "expected ")
     return text.replace(". Got value:", ", got").replace("Got value:", "got")

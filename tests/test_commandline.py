@@ -55,6 +55,8 @@ def test_a_command_line_that_cannot_be_parsed_is_told_by_rank_0(rank, capsys):
         (["--data.packing.grup", "4"], "data.packing.grup: there is no such field; did you mean data.packing.group?"),
         (["--data.packing.zzz", "4"], "data.packing.zzz: there is no such field; its fields are group, tokens, aspect"),
         (["--data.packing.group", "2.5"], "data.packing.group: expected int, got 2.5"),
+        (["--data.packing", "4"], "data.packing: holds fields of its own, got 4; see --help"),
+        (["--mask", "tube"], "mask: holds fields of its own, got tube; see --help"),
     ],
 )
 def test_a_wrong_field_of_a_group_that_may_be_null_is_told_by_its_own_name(arguments, said):

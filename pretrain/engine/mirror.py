@@ -7,8 +7,8 @@ since W&B drops steps that go back after a resume.
 
 An attempt whose W&B run ended in order, with everything uploaded or in its offline folder, notes the step up to which
 the mirror is whole; the next one sends what comes after, from `metrics.jsonl`. So nothing is missing there in the end,
-but a step may show twice. In order means that W&B's own process is gone and has left a whole file: it writes the last
-of it after `finish` has returned, so a signal may still take that.
+but a step may show twice. In order means that W&B's own process has left a whole file: it writes the last of it after
+`finish` has returned, so a signal may still take that.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ import psutil
 
 from pretrain.engine.signals import signals_held_back
 from pretrain.engine.wandb_files import is_whole, mend_folders
-from pretrain.files import write_text
+from pretrain.files import sync_file, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +157,10 @@ class Mirror:
             run.finish(exit_code=item.exit_code)
             wandb_file = Path(run.settings.sync_file)
             _tear_down()
-            if step and not self._over and is_whole(wandb_file):
+            if not is_whole(wandb_file):
+                self._give_up("ended before it had written everything")
+            elif step and not self._over:
+                sync_file(wandb_file)
                 note_mirrored(self._out, step)
         except Exception as error:  # the mirror may fail in any way: training goes on
             self._give_up(f"{doing} ({_in_one_line(error)})")

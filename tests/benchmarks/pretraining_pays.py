@@ -8,7 +8,7 @@ and one page, with a paired bootstrap over the videos. An interrupted call goes 
     python -m tests.benchmarks.pretraining_pays --list videos/train.txt videos/val.txt --out runs/pays
 
 For 300 clips of 2 s that takes about an hour and a half on two cores. The settings of the recipes were chosen on the
-first fold, by its held-out videos; `--folds 1` makes that fold alone. Each core works on one model at a time, since two
+first fold, by its held-out videos; `--folds 1` makes that fold alone. Each job has one thread, since two
 threads that wait for each other's small matrices do less.
 """
 
@@ -17,7 +17,6 @@ import concurrent.futures
 import functools
 import itertools
 import multiprocessing
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -111,6 +110,7 @@ def main() -> None:
     parser.add_argument("--list", nargs="+", type=Path, required=True, help="files of `path label` lines")
     parser.add_argument("--out", type=Path, default=Path("runs/pays"), help="folder for everything (%(default)s)")
     parser.add_argument("--folds", type=int, default=FOLDS, help="how many of the five folds are made (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=2, help="models worked on at once (%(default)s)")
     parser.add_argument("--pretraining_epochs", type=int, default=40, help="(%(default)s)")
     parser.add_argument("--finetuning_epochs", type=int, default=20, help="(%(default)s)")
     options = parser.parse_args()
@@ -122,7 +122,7 @@ def main() -> None:
     ]
     groups: dict[str, list[Path]] = {}
     spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(len(os.sched_getaffinity(0)), spawn) as pool:
+    with concurrent.futures.ProcessPoolExecutor(options.jobs, spawn) as pool:
         for found in pool.map(made, tasks):
             for name, folder in found.items():
                 groups.setdefault(name, []).append(folder)

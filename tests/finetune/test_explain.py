@@ -159,10 +159,12 @@ def test_frames_are_as_fast_as_the_model_sees_them():
 
 
 def test_the_view_is_named_by_its_time_window_and_its_crop():
-    assert name_of_view(0, ViewsConfig(1, 1)) == ""
-    assert name_of_view(1, ViewsConfig(3, 1)) == "time window 2 of 3"
-    assert name_of_view(2, ViewsConfig(1, 3)) == "crop 3 of 3"
-    assert name_of_view(7, ViewsConfig(5, 3)) == "time window 3 of 5, crop 2 of 3"
+    clip = ClipConfig()
+    assert name_of_view(0, ViewsConfig(1, 1), clip) == ""
+    assert name_of_view(1, ViewsConfig(3, 1), clip) == "time window 2 of 3"
+    assert name_of_view(2, ViewsConfig(1, 3), clip) == "crop 3 of 3"
+    assert name_of_view(7, ViewsConfig(5, 3), clip) == "time window 3 of 5, crop 2 of 3"
+    assert name_of_view(1, ViewsConfig(2, 1), dataclasses.replace(clip, sampling="segments")) == "shift 2 of 2"
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (30, 50), (333, 401)])

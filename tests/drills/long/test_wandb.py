@@ -304,6 +304,7 @@ def test_what_a_kill_after_finish_kept_from_the_file_is_sent_by_the_next_attempt
         tmp_path,
     )
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("W&B ended before it had written everything") == 1
     assert [(row["step"], row["loss"]) for row in wandb_history(tmp_path / "run")] == [(1, 1.0), (2, 2.0)]
     assert (tmp_path / "run" / "wandb" / "mirrored_step").read_text() == "2\n"
 
