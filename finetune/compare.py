@@ -234,8 +234,8 @@ def _refuse_other_videos(first: Group, other: Group) -> None:
 
 
 def _differing_settings(groups: Sequence[Group]) -> dict[str, list[list[Any]]]:
-    """Returns the values of each group's runs for each setting in which any two runs differ."""
+    """Returns the values of each group's runs for each setting in which any two runs that have it differ."""
     runs = [run for group in groups for run in group.runs]
     names = dict.fromkeys(name for run in runs for name in run.settings)
-    differing = [name for name in names if len({repr(run.settings.get(name)) for run in runs}) > 1]
+    differing = [name for name in names if len({repr(run.settings[name]) for run in runs if name in run.settings}) > 1]
     return {name: [[run.settings.get(name) for run in group.runs] for group in groups] for name in differing}

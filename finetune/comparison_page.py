@@ -15,6 +15,8 @@ from pretrain.report import Figure, Section, Table, intervals, write_report
 
 HEADLINES = 4
 SETTINGS_SHOWN = 30
+VALUES_SHOWN = 3
+"""How many values of a group's runs a setting tells one by one."""
 NOTE = (
     "In brackets 95 % intervals: Wilson's for the top-1 and top-5 accuracy of a single run, else by a bootstrap over "
     "videos. They tell what other videos would change, not what other seeds would; behind ± is the deviation over runs."
@@ -71,7 +73,7 @@ def write_comparison(out: Path, comparison: Comparison) -> Path:
                 ),
                 Section(
                     "Settings",
-                    "Those in which the runs differ." if settings else "The runs tell of none in which they differ.",
+                    "Those in which the groups differ." if settings else "The runs tell of none in which they differ.",
                     [Table(settings_header, settings, shown=SETTINGS_SHOWN, text=True)] if settings else [],
                 ),
                 Section("Runs", parts=[Table(("", "folder", "evaluated on"), _runs(comparison), text=True)]),
@@ -95,6 +97,9 @@ def _contents(comparison: Comparison) -> list[tuple[str, tuple[str, ...], list[t
         for name, row, discordant in zip(names[1:], comparison.differences, comparison.discordant, strict=True)
     ]
     settings = [(name, *map(_values_text, values)) for name, values in comparison.settings.items()]
+    settings = [
+        row for row in settings if len(set(row[1:])) > 1
+    ]  # what the runs of every group vary alike is no setting
     return [
         ("Accuracy", ("", "runs", *titles), figures),
         (f"Differences to {names[0]}, in points", ("", *titles, *tested), differences),
@@ -116,8 +121,8 @@ def _figure_text(figure: Compared) -> str:
 
 
 def _difference_text(difference: Compared) -> str:
-    low, high = difference.interval
-    return f"{100 * difference.value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+    value, low, high = (round(100 * one, 1) + 0.0 for one in (difference.value, *difference.interval))  # no -0.0
+    return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def _discordant_texts(discordant: Discordant | None) -> tuple[str, str, str]:
@@ -127,7 +132,8 @@ def _discordant_texts(discordant: Discordant | None) -> tuple[str, str, str]:
 
 
 def _values_text(values: Sequence[Any]) -> str:
-    return ", ".join(dict.fromkeys("-" if value is None else str(value) for value in values))
+    told = dict.fromkeys("-" if value is None else str(value) for value in values)
+    return ", ".join(told) if len(told) <= VALUES_SHOWN else f"{len(told)} values"
 
 
 def _group_text(group: Group) -> str:

@@ -7,8 +7,8 @@ and one page, with a paired bootstrap over the videos. An interrupted call goes 
 
     python -m tests.benchmarks.pretraining_pays --list videos/train.txt videos/val.txt --out runs/pays
 
-For 300 clips of 2 s that takes about an hour and a half on two cores. The settings of the recipes were chosen on the
-first fold, by its held-out videos; `--folds 1` makes that fold alone. Each job has one thread, since two
+For 300 clips of 2 s that took 77 minutes on two cores beside other work. The settings of the recipes were chosen on the
+first fold, most of them by the loss; `--folds 1` makes that fold alone. Each job has one thread, since two
 threads that wait for each other's small matrices do less.
 """
 

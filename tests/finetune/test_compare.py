@@ -115,22 +115,32 @@ def test_a_single_runs_intervals_are_those_of_its_evaluation(tmp_path):
 
 
 def test_a_table_and_a_page_show_what_differs(tmp_path, capsys):
-    settings = "seed: {}\nout: runs/{}\noptimizer: {{base_lr: {}}}\nencoder: null\n"
+    settings = "seed: {}\nout: runs/{}\noptimizer: {{base_lr: {}}}\nencoder: {}\nresume: null\n"
     for name, share, rate in (("scratch", 0.5, 0.01), ("pretrained", 0.8, 0.001)):
-        for seed in range(2):
+        for seed in range(4):
             right = drawn(70, share, seed)
-            evaluated(tmp_path / name / str(seed), right, settings.format(seed, seed, rate))
+            start = f"runs/{seed}" if name == "pretrained" else "null"
+            evaluated(tmp_path / name / str(seed), right, settings.format(seed, seed, rate, start))
     groups = [
         part
         for name in ("scratch", "pretrained")
-        for part in ("--group", name, *(str(tmp_path / name / str(seed)) for seed in range(2)))
+        for part in ("--group", name, *(str(tmp_path / name / str(seed)) for seed in range(4)))
     ]
     assert main(["compare", *groups, "--out", str(tmp_path / "out")]) == 0
     told = capsys.readouterr().out
-    for expected in ("scratch", "pretrained", "top-1 accuracy", "Differences to scratch", "optimizer.base_lr", "0.001"):
+    for expected in (
+        "scratch",
+        "pretrained",
+        "top-1 accuracy",
+        "Differences to scratch",
+        "optimizer.base_lr",
+        "0.001",
+        "4 values",
+    ):
         assert expected in told
     assert "out" not in [line.split()[1] for line in told.splitlines() if line.startswith("│")]
-    assert "encoder" not in told
+    assert "resume" not in told
+    assert "seed" not in told, "both groups have the same"
     page = (tmp_path / "out" / "report.html").read_text()
     assert "optimizer.base_lr" in page
     record = json.loads((tmp_path / "out" / "comparison.json").read_text())
