@@ -1,5 +1,6 @@
 """A file is there whole or not at all; a full disk is told from other failures."""
 
+import concurrent.futures
 import errno
 import multiprocessing
 import os
@@ -57,8 +58,8 @@ def write_number(path_and_number: tuple[Path, int]) -> None:
 
 def test_of_many_that_write_a_file_once_one_does(tmp_path):
     path = tmp_path / "once"
-    with multiprocessing.get_context("fork").Pool(4) as pool:
-        pool.map(write_number, [(path, number) for number in range(40)], chunksize=1)
+    with concurrent.futures.ProcessPoolExecutor(4, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(write_number, [(path, number) for number in range(40)]))
     lines = path.read_text().splitlines()
     assert len(lines) == 1000
     assert len(set(lines)) == 1
