@@ -257,8 +257,11 @@ def _kill_core() -> None:
 
 
 def _tear_down() -> None:
-    """Stops what is left of wandb, so that its hook at exit neither waits nor prints a traceback."""
-    with contextlib.suppress(Exception):
+    """Stops what is left of wandb, so that its hook at exit neither waits nor prints a traceback.
+
+    Where its process has died, wandb would end ours with that one's exit code.
+    """
+    with contextlib.suppress(Exception, SystemExit):
         import wandb
 
         wandb.teardown()

@@ -288,10 +288,12 @@ def test_what_a_kill_after_finish_kept_from_the_file_is_sent_by_the_next_attempt
         from pretrain.engine.wandb_files import HEADER_BYTES
         tear_down = wandb.teardown
         def tear_down_after_a_kill():
+            wandb.teardown = tear_down
             for child in psutil.Process().children():
-                if child.name() == CORE:
-                    child.kill()
-            with contextlib.suppress(Exception):
+                with contextlib.suppress(psutil.Error):
+                    if child.name() == CORE:
+                        child.kill()
+            with contextlib.suppress(Exception, SystemExit):
                 tear_down()
             (path,) = Path("run/wandb").glob("offline-run-*/*.wandb")
             os.truncate(path, HEADER_BYTES)
