@@ -31,7 +31,7 @@ class Format(NamedTuple):
     """A kind of file."""
 
     write: Callable[[Classifier, Tensor, dict[str, str], Path], None]
-    """Writes a model, traced with clips, and texts under their names."""
+    """Writes a model in evaluation mode, traced with clips, more than one, and texts under their names, to a file."""
     read: Callable[[Path], Callable[[Tensor], Tensor]]
     """Returns the function from clips to logits that a file holds."""
 

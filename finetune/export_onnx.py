@@ -29,13 +29,7 @@ LARGEST_WEIGHTS_BYTES = 2**31 - 2**26
 
 
 def write(model: nn.Module, clips: Tensor, metadata: dict[str, str], file: Path) -> None:
-    """Writes a model as a graph for any number of clips.
-
-    Args:
-        model: The model, in evaluation mode.
-        clips: Clips to trace it with; more than one.
-        metadata: Texts to keep in the file, under their names.
-        file: The file.
+    """Writes a model as a graph for any number of clips; arguments as for `Format.write`.
 
     Raises:
         Refused: The extra is not installed, or the weights are more than one file holds.

@@ -16,14 +16,7 @@ from torch import Tensor, nn
 
 
 def write(model: nn.Module, clips: Tensor, metadata: dict[str, str], file: Path) -> None:
-    """Writes a model as a program for any number of clips.
-
-    Args:
-        model: The model, in evaluation mode.
-        clips: Clips to trace it with; more than one.
-        metadata: Texts to keep in the file, under their names.
-        file: The file.
-    """
+    """Writes a model as a program for any number of clips; arguments as for `Format.write`."""
     program = torch.export.export(model, (clips,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     content = io.BytesIO()  # of a full disk torch would tell with a traceback
     torch.export.save(program, content, extra_files=metadata)

@@ -8,17 +8,15 @@ and one page, with a paired bootstrap over the videos. An interrupted call goes 
     python -m tests.benchmarks.pretraining_pays --list videos/train.txt videos/val.txt --out runs/pays
 
 For 300 clips of 2 s that took 77 minutes on two cores beside other work. The settings of the recipes were chosen on the
-first fold, most of them by the loss; `--folds 1` makes that fold alone. Each job has one thread, since two
-threads that wait for each other's small matrices do less.
+first fold, most of them by the loss; `--folds 1` makes that fold alone. Each job has one thread, since two threads that
+wait for each other's small matrices do less.
 """
 
 import argparse
 import concurrent.futures
-import functools
 import itertools
 import multiprocessing
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -98,12 +96,6 @@ def of_fold(fold: int, shards: Path) -> list[object]:
     return ["--config", "ti_112", "--data.shards", shards, "--validation.folds", FOLDS, "--validation.fold", fold]
 
 
-def made(task: Callable[[], dict[str, Path]]) -> dict[str, Path]:
-    """Does a task on one core, in a process of its own."""
-    torch.set_num_threads(1)
-    return task()
-
-
 def main() -> None:
     """Makes what is missing and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -116,15 +108,15 @@ def main() -> None:
     options = parser.parse_args()
     started = time.time()
     shards = pack(options.list, options.out)
-    tasks = [
-        functools.partial(kind, fold, shards, options.out / f"fold-{fold}", options)
-        for fold, kind in itertools.product(range(1, options.folds + 1), (from_pretraining, from_scratch))
-    ]
     groups: dict[str, list[Path]] = {}
     spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(options.jobs, spawn) as pool:
-        for found in pool.map(made, tasks):
-            for name, folder in found.items():
+    with concurrent.futures.ProcessPoolExecutor(options.jobs, spawn, torch.set_num_threads, (1,)) as pool:
+        started_runs = [
+            pool.submit(kind, fold, shards, options.out / f"fold-{fold}", options)
+            for fold, kind in itertools.product(range(1, options.folds + 1), (from_pretraining, from_scratch))
+        ]
+        for runs in started_runs:
+            for name, folder in runs.result().items():
                 groups.setdefault(name, []).append(folder)
     ordered = [FIRST, *(name for name in groups if name != FIRST)]
     flags = [part for name in ordered for part in ("--group", name, *groups[name])]

@@ -1,5 +1,6 @@
 """A tiny pretrained encoder and a tiny classifier made from it, once for all tests of finetuning."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,20 @@ def finetuned(finetuning, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("finetuned") / "run"
     assert main([*finetuning, "--out", str(out)]) == 0
     return out
+
+
+@pytest.fixture
+def refused(finetuning, tmp_path, capsys) -> Callable[[list[str]], str]:
+    """Returns the one line that a finetuning run of a tiny encoder with further options is refused in."""
+    from launch.cli import main
+
+    def line(options: list[str]) -> str:
+        capsys.readouterr()
+        given = ["--architecture", "{width: 32, depth: 1, heads: 2, tubelet: [2, 8, 8]}"]
+        assert main([*finetuning, *given, "--out", str(tmp_path / "run"), *options]) == 2
+        assert not (tmp_path / "run").exists()
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        return said
+
+    return line

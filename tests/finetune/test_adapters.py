@@ -274,11 +274,5 @@ def test_a_missing_peft_is_told_with_the_remedy(finetuning, tmp_path, capsys, mo
         ([*RANK_4, "--encoder", "null"], "lora.rank: is for a pretrained encoder"),
     ],
 )
-def test_adapters_that_cannot_be_are_refused(finetuning, tmp_path, capsys, options, message):
-    capsys.readouterr()
-    given = ["--architecture", "{width: 32, depth: 1, heads: 2, tubelet: [2, 8, 8]}"]
-    assert main([*finetuning, *given, "--out", str(tmp_path / "run"), *options]) == 2
-    said = capsys.readouterr().err
-    assert message in said
-    assert said.count("\n") == 1
-    assert not (tmp_path / "run").exists()
+def test_adapters_that_cannot_be_are_refused(refused, options, message):
+    assert message in refused(options)

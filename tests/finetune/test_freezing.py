@@ -141,10 +141,5 @@ def test_a_run_leaves_a_frozen_encoder_as_pretrained_and_resumes_exactly(finetun
         (["--freeze", "1", "--encoder", "null"], "freeze: is for a pretrained encoder"),
     ],
 )
-def test_what_cannot_be_frozen_is_refused(finetuning, tmp_path, capsys, options, message):
-    capsys.readouterr()
-    given = ["--architecture", "{width: 32, depth: 1, heads: 2, tubelet: [2, 8, 8]}"]
-    assert main([*finetuning, *given, "--out", str(tmp_path / "run"), *options]) == 2
-    said = capsys.readouterr().err
-    assert message in said
-    assert said.count("\n") == 1
+def test_what_cannot_be_frozen_is_refused(refused, options, message):
+    assert message in refused(options)
