@@ -8,7 +8,6 @@ attention pooling a learned query attends to the encoder's normalised tokens (ar
 
 import dataclasses
 import itertools
-import operator
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,7 +60,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.frozen: list[nn.Module] = []  # modules of the encoder that stay in evaluation mode
-        self.pool: Callable[[Encoded], Any] = operator.attrgetter("class_token")
+        self.pool: Callable[[Encoded], Tensor] = class_token_of
         widths = [encoder.width, *head.hidden]
         layers: list[nn.Module] = []
         if head.pool == "class_token":
@@ -97,6 +96,12 @@ class Classifier(nn.Module):
         return lambda name: (
             self.encoder.layer_of(name.removeprefix("encoder.")) if name.startswith("encoder.") else above
         )
+
+
+def class_token_of(encoded: Encoded) -> Tensor:
+    """Returns `(B, D)`, the class token of an encoder that has one."""
+    assert encoded.class_token is not None, "the encoder of a head that reads its class token has one"
+    return encoded.class_token
 
 
 class AttentionPool(nn.Module):

@@ -5,6 +5,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch starts: tests run beside each other on few cores
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,16 @@ PACKED_VIDEOS = 11
 def pytest_collection_finish() -> None:
     """Takes what was imported out of the collections that the end of each run starts."""
     gc.freeze()
+
+
+@pytest.fixture
+def compiling() -> Iterator[None]:
+    """Lets a test compile models as the first that does."""
+    import torch
+
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session")

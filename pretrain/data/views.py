@@ -11,7 +11,7 @@ from pretrain.data.clips import ClipConfig, cut, view_box, view_frames
 from pretrain.data.decode_client import DECODE_LIMIT_S, open_video_apart
 from pretrain.data.loader import load_batches
 from pretrain.data.shards import Sample, ShardSet
-from pretrain.data.video import DecoderName, VideoReader, open_video, read_time_windows
+from pretrain.data.video import DecoderName, VideoReader, open_video
 from pretrain.errors import BadSample
 
 HELD_OUT_SET = 1  # the set number that keys the fixed masks of held-out clips
@@ -104,9 +104,14 @@ def views_of(
 
 
 def _cut_views(reader: VideoReader, frame_rate: float, config: ClipConfig, temporal: int, spatial: int) -> torch.Tensor:
-    time_windows = view_frames(config, len(reader), frame_rate, temporal)
-    shown = [torch.from_numpy(one) for one in read_time_windows(reader, time_windows)]
-    return torch.stack([crop for one in shown for crop in crops_of(one, config.size, spatial)])
+    time_windows = np.stack(view_frames(config, len(reader), frame_rate, temporal))
+    needed, places = np.unique(time_windows, return_inverse=True)
+    crops = crops_of(torch.from_numpy(reader.read(needed)), config.size, spatial)
+    views = torch.empty(temporal, spatial, config.frames, config.size, config.size, 3, dtype=torch.uint8)
+    for of_window, shown in zip(views, torch.from_numpy(places.reshape(time_windows.shape)), strict=True):
+        for view, crop in zip(of_window, crops, strict=True):
+            torch.index_select(crop, 0, shown, out=view)
+    return views.flatten(0, 1)
 
 
 def crops_of(frames: torch.Tensor, size: int, spatial: int) -> list[torch.Tensor]:

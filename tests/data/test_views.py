@@ -1,10 +1,15 @@
-"""Views of an evaluation sample: crops along the longer side, of frames resized once, as VideoMAE tests."""
+"""Views of a sample: decoded once; crops along the longer side of frames resized once, as VideoMAE tests."""
+
+import itertools
 
 import pytest
 import torch
 from torchvision.transforms.v2.functional import resize
 
-from pretrain.data.views import crops_of
+from pretrain.data.clips import ClipConfig, view_frames
+from pretrain.data.shards import ShardSet
+from pretrain.data.video import open_video
+from pretrain.data.views import crops_of, views_of
 
 
 @pytest.mark.parametrize("upright", [False, True])
@@ -27,3 +32,16 @@ def test_one_crop_is_the_centre_of_the_frame():
     frames = torch.arange(80, dtype=torch.uint8).repeat(1, 48, 1).unsqueeze(-1).expand(1, 48, 80, 3)
     (crop,) = crops_of(frames, 48, 1)
     assert crop[0, 0, :, 0].tolist() == list(range(16, 64))
+
+
+@pytest.mark.parametrize("clip", [ClipConfig(frames=4, stride=2, size=32), ClipConfig(frames=4, stride=8, size=48)])
+@pytest.mark.parametrize(("temporal", "spatial"), [(1, 1), (3, 1), (2, 3)])
+def test_views_decoded_together_are_those_decoded_one_by_one(packed_shards, clip, temporal, spatial):
+    shards = ShardSet.open(packed_shards)
+    for sample in map(shards.read, range(3)):
+        views = views_of(sample, clip, temporal, spatial)
+        windows = view_frames(clip, sample.frames, sample.frame_rate, temporal)
+        assert len(views) == temporal * spatial
+        for view, (window, crop) in zip(views, itertools.product(windows, range(spatial)), strict=True):
+            frames = torch.from_numpy(open_video(sample.video).read(window))
+            assert torch.equal(view, crops_of(frames, clip.size, spatial)[crop])

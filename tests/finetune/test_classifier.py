@@ -40,6 +40,18 @@ def test_every_encoder_with_every_pooling_gives_logits_that_depend_on_the_clip(n
     assert not unused, "parameters without a gradient stop data-parallel training"
 
 
+@pytest.mark.parametrize(
+    ("name", "pool"), [*((name, "class_token") for name in ENCODERS), ("joint", "mean"), ("joint", "attention")]
+)
+def test_every_encoder_and_every_pooling_compile_without_a_graph_break_and_change_nothing(compiling, name, pool):
+    model = classifier(name, pool, init_scale=1.0)
+    clips = torch.randint(0, 256, (3, 4, 16, 16, 3), dtype=torch.uint8)
+    expected, names = model(clips), list(model.state_dict())
+    model.compile(fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(model(clips), expected, atol=1e-6, rtol=1e-5)
+    assert list(model.state_dict()) == names
+
+
 @pytest.mark.parametrize("name", list(ENCODERS))
 @pytest.mark.parametrize("pool", ["class_token", "mean", "attention"])
 def test_every_encoder_with_every_pooling_learns_to_tell_clips_apart(name, pool):

@@ -1,7 +1,6 @@
 """Nothing in a step depends on values: models compile whole, run on fake tensors, and recompute what they forget."""
 
 import dataclasses
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -48,13 +47,6 @@ def take_values_away(model: nn.Module, fake: FakeTensorMode) -> None:
     for module in model.modules():
         for held in (module._parameters, module._buffers):
             held.update({name: fake.from_tensor(value) for name, value in held.items() if value is not None})
-
-
-@pytest.fixture
-def compiling() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(("name", "attention"), PAIRS)
