@@ -87,7 +87,7 @@ def write_explanation(
             raise _is_there(path) from None
         try:
             write_bytes(path, video)
-        except OSError:
+        except BaseException:  # also Ctrl-C: what stands there empty would be taken for an explanation
             path.unlink()
             raise
 

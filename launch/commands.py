@@ -104,7 +104,7 @@ def predict(arguments: list[str]) -> int:
                 shares += [f"\n  explained by {prediction.explanation}"] if prediction.explanation else []
                 print(prediction.file + "".join(shares), flush=True)
 
-    code = run_command(command)
+    code = run_command(command, go_on="the files that are printed are done; give the others to go on")
     if code or all(predicted):
         return code
     return EXIT_FAILED if any(predicted) else EXIT_REFUSED

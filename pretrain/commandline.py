@@ -205,10 +205,14 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(_plain_value(dataclasses.asdict(config)), sort_keys=False)
 
 
-def run_command(command: Callable[[], Any]) -> int:
+def run_command(command: Callable[[], Any], go_on: str = "start the same command again to go on") -> int:
     """Runs a command and returns its exit code; an expected error becomes one line.
 
     Rank 0 prints it. Another rank prints, with its number and host, what rank 0 does not tell.
+
+    Args:
+        command: The command.
+        go_on: How somebody goes on who has interrupted it.
     """
     try:
         command()
@@ -220,7 +224,7 @@ def run_command(command: Callable[[], Any]) -> int:
         return _tell(DiskFull(f"{error.filename}: no space left on the disk; free some and start again"))
     except KeyboardInterrupt:
         if launched_rank() == 0:
-            print("tubelet: interrupted; start the same command again to go on", file=sys.stderr)
+            print(f"tubelet: interrupted; {go_on}", file=sys.stderr)
         return EXIT_INTERRUPTED
     return EXIT_DONE
 

@@ -141,6 +141,7 @@ class _Worker:
         self.process: ForkServerProcess = context.Process(target=_work, args=(function, theirs, lifeline), daemon=True)
         self.process.start()
         theirs.close()
+        self.started = False  # it says so, first of all
         self.job: _Job | None = None
 
     def end(self) -> int | None:
@@ -247,6 +248,9 @@ class _Dispatcher:
         except (EOFError, OSError):
             self._bury(worker)
             return
+        if not worker.started:
+            worker.started = True
+            return
         if worker.job is not None:
             worker.job.future.set_result(content)
         worker.job = None
@@ -256,6 +260,12 @@ class _Dispatcher:
         job, exit_code = worker.job, worker.end()
         if job is None:
             return
+        if not worker.started and exit_code is not None and exit_code > 0:
+            self.todo.append(job)  # all that are left are told
+            raise TubeletError(
+                f"a worker process ends with exit code {exit_code} before its first task; see what it said above. It "
+                "imports the script that is running, which must call Tubelet under `if __name__ == '__main__':`"
+            )
         job.deaths += 1
         if job.deaths > 1 or exit_code == -signal.SIGALRM:
             job.future.set_result(None)
@@ -275,6 +285,7 @@ def _no_worker(error: Exception) -> TubeletError:
 def _work(function: Callable, tasks: Connection, lifeline: Connection) -> None:
     """What a worker does until this process goes away: each task, whose result or exception it sends."""
     become_worker(lifeline)
+    tasks.send_bytes(b"")
     while True:
         try:
             task = pickle.loads(tasks.recv_bytes())

@@ -135,3 +135,14 @@ def test_a_pool_that_can_start_no_worker_says_so_instead_of_waiting(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=30)
     assert result.stdout.startswith("a worker process cannot be started ("), result.stderr
+
+
+def test_a_script_that_its_workers_cannot_import_is_told_so_and_no_task_is_lost(tmp_path):
+    script = tmp_path / "unguarded.py"
+    script.write_text(
+        "from pretrain.data.pool import WorkerPool\nwith WorkerPool(abs, 1) as pool:\n    print(list(pool.map([-1])))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].endswith("which must call Tubelet under `if __name__ == '__main__':`")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from launch.cli import main
 from pretrain.data.transcode import transcode
 from pretrain.data.video import DecoderName
 from pretrain.errors import Refused
+from tests.runs import run, start
 from tests.videos import make_video, moving_square, truncate
 
 
@@ -162,3 +164,21 @@ def test_options_that_cannot_be_and_an_empty_folder_are_refused(finetuned, tmp_p
     (tmp_path / "empty").mkdir()
     with pytest.raises(Refused, match="holds no video"):
         next(finetune.load(finetuned).predict(tmp_path / "empty"))
+
+
+def test_who_interrupts_explanations_is_told_how_to_go_on_and_does(finetuned, tmp_path):
+    first = make_video(tmp_path / "0.mp4")
+    files = [first, *(tmp_path / f"{number}.mp4" for number in range(1, 80))]
+    for copy in files[1:]:
+        copy.hardlink_to(first)
+    shown = tmp_path / "shown"
+    command = ["--model", finetuned, "--explain", shown, "--micro_batch", "1", "--top", "1"]
+    going = start("launch", ["predict", *files, *command], tmp_path / "output")
+    assert going.wait_for(lambda: going.text.count("explained by") > 2)
+    going.kill(signal.SIGINT)
+    assert going.wait().code == 130, going.text
+    assert going.text.endswith("tubelet: interrupted; the files that are printed are done; give the others to go on\n")
+    assert all(path.stat().st_size for path in shown.iterdir()), "no explanation is cut short"
+    left = [file for file in files if not (shown / file.name).exists()]
+    again = run("launch", ["predict", *left[:3], *command], tmp_path / "output")
+    assert again.code == 0, again.text
