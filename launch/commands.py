@@ -4,10 +4,13 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from launch.arguments import ArgumentParser
 from pretrain.errors import EXIT_FAILED, EXIT_REFUSED
+
+if TYPE_CHECKING:
+    from finetune.predict import Prediction
 
 
 def compare(arguments: list[str]) -> int:
@@ -92,22 +95,26 @@ def predict(arguments: list[str]) -> int:
         views = ViewsConfig(options.pop("temporal"), options.pop("spatial"))
         for prediction in model.predict(paths, PredictionOptions(views, **options)):
             predicted.append(prediction.error is None)
-            if prediction.error:
-                print(f"tubelet: {prediction.file}: {' '.join(prediction.error.split())}", file=sys.stderr)
-            if as_json:
-                classes = [{"name": name, "probability": round(share, 6)} for name, share in prediction.classes]
-                told = {"file": prediction.file, "classes": classes, "error": prediction.error}
-                told |= {"explanation": prediction.explanation} if options["explain"] is not None else {}
-                print(json.dumps(told), flush=True)
-            elif not prediction.error:
-                shares = [f"\n  {100 * probability:5.1f} %  {name}" for name, probability in prediction.classes]
-                shares += [f"\n  explained by {prediction.explanation}"] if prediction.explanation else []
-                print(prediction.file + "".join(shares), flush=True)
+            _print_prediction(prediction, as_json, explains=options["explain"] is not None)
 
     code = run_command(command, go_on="the files that are printed are done; give the others to go on")
     if code or all(predicted):
         return code
     return EXIT_FAILED if any(predicted) else EXIT_REFUSED
+
+
+def _print_prediction(prediction: "Prediction", as_json: bool, explains: bool) -> None:
+    if prediction.error:
+        print(f"tubelet: {prediction.file}: {' '.join(prediction.error.split())}", file=sys.stderr)
+    if as_json:
+        classes = [{"name": name, "probability": round(share, 6)} for name, share in prediction.classes]
+        told = {"file": prediction.file, "classes": classes, "error": prediction.error}
+        told |= {"explanation": prediction.explanation} if explains else {}
+        print(json.dumps(told), flush=True)
+    elif not prediction.error:
+        shares = [f"\n  {100 * probability:5.1f} %  {name}" for name, probability in prediction.classes]
+        shares += [f"\n  explained by {prediction.explanation}"] if prediction.explanation else []
+        print(prediction.file + "".join(shares), flush=True)
 
 
 def estimate(arguments: list[str]) -> int:

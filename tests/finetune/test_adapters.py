@@ -89,6 +89,18 @@ def test_each_adapter_changes_what_is_computed_and_the_merged_weights_compute_th
     assert torch.equal(model(clips()), plain(clips()))
 
 
+@NAMES
+def test_adapters_compile_with_the_model_and_change_nothing(compiling, name):
+    eager, compiled = (learned(adapted(EVERYWHERE, name)).train() for _ in range(2))
+    compiled.compile(backend="aot_eager")
+    for model in (eager, compiled):
+        model(clips()).square().sum().backward()
+    for (one, expected), (_, parameter) in zip(eager.named_parameters(), compiled.named_parameters(), strict=True):
+        assert (expected.grad is None) == (parameter.grad is None) == (not expected.requires_grad), one
+        if expected.grad is not None:
+            torch.testing.assert_close(parameter.grad, expected.grad, atol=1e-5, rtol=1e-4)
+
+
 def test_adapters_are_beside_the_linear_layers_of_blocks_that_are_asked_for_and_nowhere_else():
     attention = {"attention.qkv", "attention.projection"}
     mlp = {"mlp.fc1", "mlp.fc2"}
