@@ -88,7 +88,7 @@ def write_explanation(
         try:
             write_bytes(path, video)
         except BaseException:  # also Ctrl-C: what stands there empty would be taken for an explanation
-            path.unlink()
+            path.unlink(missing_ok=True)
             raise
 
 

@@ -97,7 +97,8 @@ def predict(arguments: list[str]) -> int:
             predicted.append(prediction.error is None)
             _print_prediction(prediction, as_json, explains=options["explain"] is not None)
 
-    code = run_command(command, go_on="the files that are printed are done; give the others to go on")
+    go_on = "the files that are printed are done; give the others to go on, and --explain, if given, another folder"
+    code = run_command(command, go_on)
     if code or all(predicted):
         return code
     return EXIT_FAILED if any(predicted) else EXIT_REFUSED

@@ -3,7 +3,8 @@
 `concurrent.futures` ends all workers, and gives up on every task in flight, when one worker dies (a crash inside
 FFmpeg, the out-of-memory killer). Here a worker has one task at a time, so a death costs that worker and no other. Its
 task is lost if it ran out of time (SIGALRM). Otherwise it is tried once more by a new one, since the memory may have
-been hurt by a task before it, and lost if it kills that one too.
+been hurt by a task before it, and lost if it kills that one too. A worker that ends by itself before its first task
+ends the work instead: others would do the same, and no task is to blame.
 """
 
 import contextlib
@@ -30,6 +31,8 @@ AHEAD = 4
 CHECK_EVERY_S = 0.2
 """How long Ctrl-C may go unnoticed, in seconds."""
 LONGEST_STALL_S = 86400
+ENDED_BY_ITSELF = range(255)
+"""Exit codes; 255 is what the fork server tells where it does not know, and is negative for a signal."""
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -65,7 +68,7 @@ class WorkerPool(Generic[Task, Result]):
         self.function, self.workers = function, workers
         self.stop_signals = (signal.SIGINT, *stop_signals)
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["__main__", function.__module__])
+        self.context.set_forkserver_preload([function.__module__])
         self.interrupted = 0
 
     def __enter__(self) -> "WorkerPool[Task, Result]":
@@ -93,7 +96,7 @@ class WorkerPool(Generic[Task, Result]):
         Raises:
             KeyboardInterrupt: Ctrl-C was pressed.
             ToldToStop: Another of the stop signals came.
-            TubeletError: No worker can be started.
+            TubeletError: No worker can be started, or one ends before its first task.
             Exception: What the function raised.
         """
         tasks = iter(tasks)
@@ -260,11 +263,12 @@ class _Dispatcher:
         job, exit_code = worker.job, worker.end()
         if job is None:
             return
-        if not worker.started and exit_code is not None and exit_code > 0:
+        if not worker.started and exit_code in ENDED_BY_ITSELF:
             self.todo.append(job)  # all that are left are told
             raise TubeletError(
-                f"a worker process ends with exit code {exit_code} before its first task; see what it said above. It "
-                "imports the script that is running, which must call Tubelet under `if __name__ == '__main__':`"
+                f"a worker process ends with exit code {exit_code} before its first task, see what it said above; if "
+                "that was your script running once more, call Tubelet there under `if __name__ == '__main__':`, else "
+                "see whether the limits of processes and memory leave room for it"
             )
         job.deaths += 1
         if job.deaths > 1 or exit_code == -signal.SIGALRM:
@@ -283,7 +287,7 @@ def _no_worker(error: Exception) -> TubeletError:
 
 
 def _work(function: Callable, tasks: Connection, lifeline: Connection) -> None:
-    """What a worker does until this process goes away: each task, whose result or exception it sends."""
+    """What a worker does until this process goes away: it says that it is there, and sends what each task gives."""
     become_worker(lifeline)
     tasks.send_bytes(b"")
     while True:

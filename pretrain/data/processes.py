@@ -55,7 +55,7 @@ def fork_server(modules: Sequence[str] = ()) -> WorkerContext:
             and numpy do that have computed nothing yet.
     """
     if modules:
-        forkserver.set_forkserver_preload(["__main__", *modules])
+        forkserver.set_forkserver_preload(list(modules))
     with signals_held_back():
         resource_tracker.ensure_running()  # which unblocks SIGINT and SIGTERM for whom it has to start it
     with signals_held_back(), _deaf_to_ctrl_c():

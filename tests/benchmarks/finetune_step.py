@@ -5,13 +5,13 @@ process on the same clips, threads and optimiser, in turns (`timed_steps.py`). T
 `VideoMAEForVideoClassification` averages the tokens; ours is measured with the same head (the same mathematics) and
 with the class token that is our default, whose last block computes nothing else. Transformers' model gets normalised
 floats, made outside the timed part; ours takes uint8 and normalises within it. Beside each ratio of times stands that
-of the operations in matrix products and attention, which torch counts: more than that no code can gain on a processor
-that they keep busy.
+of the operations in matrix products, convolutions and attention, as torch counts them: where these take most of the
+time, as on a CPU, a step gains little beyond it.
 
 The views are 5 time windows x 3 crops of 10 s videos as `tubelet pack` stores them, decoded once for all of them as
-evaluation does, by the CPU time of one core, in turns with two others, which use the same reader. One decodes the whole
-video for each view, as VideoMAE's test set does (`kinetics.py`, `loadvideo_decord`); the other decodes for each view no
-more than its own frames need.
+evaluation does (but in this process), by the CPU time of one core, in turns with two others, which use the same reader.
+One decodes the whole video for each view, as VideoMAE's test set does (`kinetics.py`, `loadvideo_decord`, which also
+resizes all of it and not the view alone). The other decodes for each view no more than its own frames need.
 
 Run with `make bench-finetune`; `--quick` takes tiny models to try the code.
 """
@@ -156,10 +156,11 @@ def _compare_views_of(samples: list[Sample], clip: ClipConfig, name: str, rounds
     views = {way: cut_views(samples[0]).float() for way, cut_views in ways.items()}
     assert all((views["once"] - other).abs().mean() < 2 for other in views.values()), "the views are other ones"
     spent: dict[str, list[float]] = {way: [] for way in ways}
+    names = list(ways)
     for number in range(rounds):
-        for way, cut_views in ways.items():
+        for way in names[number % len(names) :] + names[: number % len(names)]:
             started = time.process_time()
-            cut_views(samples[number % len(samples)])
+            ways[way](samples[number % len(samples)])
             spent[way].append(time.process_time() - started)
     once = spent.pop("once")
     print(

@@ -34,7 +34,15 @@ def test_one_crop_is_the_centre_of_the_frame():
     assert crop[0, 0, :, 0].tolist() == list(range(16, 64))
 
 
-@pytest.mark.parametrize("clip", [ClipConfig(frames=4, stride=2, size=32), ClipConfig(frames=4, stride=8, size=48)])
+@pytest.mark.parametrize(
+    "clip",
+    [
+        ClipConfig(frames=4, stride=2, size=32),
+        ClipConfig(frames=4, stride=8, size=48),
+        ClipConfig(frames=4, sampling="segments", size=32),
+    ],
+    ids=["overlapping", "padded", "segments"],
+)
 @pytest.mark.parametrize(("temporal", "spatial"), [(1, 1), (3, 1), (2, 3)])
 def test_views_decoded_together_are_those_decoded_one_by_one(packed_shards, clip, temporal, spatial):
     shards = ShardSet.open(packed_shards)

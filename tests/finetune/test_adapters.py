@@ -92,7 +92,7 @@ def test_each_adapter_changes_what_is_computed_and_the_merged_weights_compute_th
 @NAMES
 def test_adapters_compile_with_the_model_and_change_nothing(compiling, name):
     eager, compiled = (learned(adapted(EVERYWHERE, name)).train() for _ in range(2))
-    compiled.compile(backend="aot_eager")
+    compiled.compile(fullgraph=True, backend="aot_eager")
     for model in (eager, compiled):
         model(clips()).square().sum().backward()
     for (one, expected), (_, parameter) in zip(eager.named_parameters(), compiled.named_parameters(), strict=True):

@@ -1,6 +1,7 @@
 """Explanations: heat lies on what the head reads, in the right frames and places of a video that players can show."""
 
 import dataclasses
+import errno
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 import finetune
+import finetune.explain
 from finetune.classifier import Classifier, ModelDescription
 from finetune.config import HeadConfig, ViewsConfig
 from finetune.explain import explanation_paths, name_of_view, rate_of
@@ -22,7 +24,7 @@ from launch.cli import main
 from pretrain.data.clips import ClipConfig
 from pretrain.data.sequence_plan import PackingConfig
 from pretrain.data.transcode import transcode
-from pretrain.errors import Refused
+from pretrain.errors import DiskFull, Refused
 from pretrain.model.encoder import EncoderConfig
 from pretrain.model.encoders import ENCODERS
 from tests.tokens import attracting
@@ -233,3 +235,16 @@ def test_an_explanation_replaces_no_file(finetuned, tmp_path, capsys):
     assert capsys.readouterr().err.startswith(f"tubelet: {video}: cannot be written (File exists)")
     with pytest.raises(Refused, match="give another --explain"):
         explanation_paths(video / "below", ["one.mp4"])
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_an_explanation_that_is_cut_off_leaves_nothing(tmp_path, monkeypatch, error):
+    def cut_off(path: Path, content: bytes) -> None:
+        raise error
+
+    monkeypatch.setattr(finetune.explain, "write_bytes", cut_off)
+    predictor = looking_for_white(described())
+    video = make_video(tmp_path / "one.mp4")
+    with pytest.raises((KeyboardInterrupt, DiskFull)):
+        list(predictor.predict([video], PredictionOptions(explain=str(tmp_path / "shown"))))
+    assert list((tmp_path / "shown").iterdir()) == []
