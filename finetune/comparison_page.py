@@ -6,21 +6,23 @@ from typing import Any
 
 from rich.table import Table as TerminalTable
 
-from finetune.compare import Compared, Comparison, Discordant, Group, set_text
+from finetune.compare import Comparison, set_text
 from finetune.evaluation_page import interval_text, percent
-from finetune.figures import ACCURACIES, telling_accuracies
 from finetune.output import make_writable, writing_to
+from finetune.paired_bootstrap import Compared, Discordant
+from finetune.run_results import Group
 from pretrain.files import write_json
 from pretrain.report import Figure, Section, Table, intervals, write_report
 
+TITLE = "Figures"
 HEADLINES = 4
+NOT_DRAWN = ("top5",)
 SETTINGS_SHOWN = 30
 VALUES_SHOWN = 3
 """How many values of a group's runs a setting tells one by one."""
-NOTE = (
-    "In brackets 95 % intervals: Wilson's for the top-1 and top-5 accuracy of a single run, else by a bootstrap over "
-    "videos. They tell what other videos would change, not what other seeds would; behind ± is the deviation over runs."
-)
+BY_BOOTSTRAP = "In brackets 95 % intervals by a bootstrap over videos"
+WILSON = ", but Wilson's for the top-1 and top-5 accuracy of a single run"
+OTHERS = ". They tell what other videos would change, not what other seeds would; behind ± is the deviation over runs."
 PAIRED = (
     "In points, paired: each run is compared on the same videos. An interval that leaves out zero is a difference that "
     "the choice of videos hardly explains, if some ten videos or more are answered differently; where fewer are, it is "
@@ -53,7 +55,10 @@ def write_comparison(out: Path, comparison: Comparison) -> Path:
     """
     make_writable(out)
     names = [group.name for group in comparison.groups]
+    found = comparison.found
     (_, header, figures), (_, other_header, differences), (_, settings_header, settings) = _contents(comparison)
+    drawn = _drawings(names, found.figures, found.titles, "%")
+    drawn_differences = _drawings(names[1:], found.differences, found.titles, "points")
     with writing_to(out):
         write_json(out / "comparison.json", _record(comparison))
         write_report(
@@ -62,14 +67,11 @@ def write_comparison(out: Path, comparison: Comparison) -> Path:
             summary=f"{', '.join(map(_group_text, comparison.groups))}. {_videos_text(comparison)}",
             headline=_headline(comparison),
             sections=[
-                Section(
-                    "Accuracy",
-                    parts=[Table(header, figures, NOTE), *_drawings(names, comparison.figures, "%")],
-                ),
+                Section(TITLE, parts=[Table(header, figures, _note(comparison)), *drawn]),
                 Section(
                     f"Differences to {names[0]}",
-                    PAIRED + (TESTED if any(comparison.discordant) else ""),
-                    [Table(other_header, differences), *_drawings(names[1:], comparison.differences, "points")],
+                    PAIRED + (TESTED if any(found.discordant) else ""),
+                    [Table(other_header, differences), *drawn_differences],
                 ),
                 Section(
                     "Settings",
@@ -84,31 +86,34 @@ def write_comparison(out: Path, comparison: Comparison) -> Path:
 
 def _contents(comparison: Comparison) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
     """Returns title, header and rows of the three tables."""
-    names = tuple(group.name for group in comparison.groups)
-    accuracies = _accuracies(comparison)
-    titles = tuple(accuracies.values())
+    names, found = tuple(group.name for group in comparison.groups), comparison.found
+    titles = tuple(found.titles.values())
     figures = [
-        (group.name, str(len(group.runs)), *(_figure_text(row[name]) for name in accuracies))
-        for group, row in zip(comparison.groups, comparison.figures, strict=True)
+        (group.name, str(len(group.runs)), *(_figure_text(row[name]) for name in found.titles))
+        for group, row in zip(comparison.groups, found.figures, strict=True)
     ]
-    tested = ("better on", "worse on", "p") if any(comparison.discordant) else ()
+    tested = ("better on", "worse on", "p") if any(found.discordant) else ()
     differences = [
-        (name, *(_difference_text(row[figure]) for figure in accuracies), *_discordant_texts(discordant)[: len(tested)])
-        for name, row, discordant in zip(names[1:], comparison.differences, comparison.discordant, strict=True)
+        (
+            name,
+            *(_difference_text(row[figure]) for figure in found.titles),
+            *_discordant_texts(discordant)[: len(tested)],
+        )
+        for name, row, discordant in zip(names[1:], found.differences, found.discordant, strict=True)
     ]
     settings = [(name, *map(_values_text, values)) for name, values in comparison.settings.items()]
     settings = [
         row for row in settings if len(set(row[1:])) > 1
     ]  # what the runs of every group vary alike is no setting
     return [
-        ("Accuracy", ("", "runs", *titles), figures),
+        (TITLE, ("", "runs", *titles), figures),
         (f"Differences to {names[0]}, in points", ("", *titles, *tested), differences),
         ("Settings", ("", *names), settings),
     ]
 
 
-def _accuracies(comparison: Comparison) -> dict[str, str]:
-    return telling_accuracies(max(run.classes for group in comparison.groups for run in group.runs))
+def _note(comparison: Comparison) -> str:
+    return BY_BOOTSTRAP + (WILSON if "top1" in comparison.found.titles else "") + OTHERS
 
 
 def _runs(comparison: Comparison) -> list[tuple[str, str, str]]:
@@ -147,18 +152,21 @@ def _videos_text(comparison: Comparison) -> str:
 
 
 def _headline(comparison: Comparison) -> list[tuple[str, str]]:
-    title = ACCURACIES["top1"]
-    shown = list(zip(comparison.groups, comparison.figures, strict=True))[: HEADLINES - 1]
-    best = max(comparison.differences, key=lambda row: row["top1"].value)
-    name = comparison.groups[1 + comparison.differences.index(best)].name
-    low, high = (f"{100 * bound:+.1f}" for bound in best["top1"].interval)
+    found = comparison.found
+    figure, title = next(iter(found.titles.items()))
+    shown = list(zip(comparison.groups, found.figures, strict=True))[: HEADLINES - 1]
+    best = max(found.differences, key=lambda row: row[figure].value)
+    name = comparison.groups[1 + found.differences.index(best)].name
+    low, high = (f"{100 * bound:+.1f}" for bound in best[figure].interval)
     return [
-        *((percent(row["top1"].value), f"{title}, {group.name}") for group, row in shown),
-        (f"{100 * best['top1'].value:+.1f}", f"points, {name} against {comparison.groups[0].name}, {low} to {high}"),
+        *((percent(row[figure].value), f"{title}, {group.name}") for group, row in shown),
+        (f"{100 * best[figure].value:+.1f}", f"points, {name} against {comparison.groups[0].name}, {low} to {high}"),
     ]
 
 
-def _drawings(names: Sequence[str], rows: Sequence[dict[str, Compared]], unit: str) -> list[Figure]:
+def _drawings(
+    names: Sequence[str], rows: Sequence[dict[str, Compared]], titles: dict[str, str], unit: str
+) -> list[Figure]:
     return [
         Figure(
             intervals(
@@ -168,8 +176,8 @@ def _drawings(names: Sequence[str], rows: Sequence[dict[str, Compared]], unit: s
                 f"{title}, {unit}",
             )
         )
-        for name, title in ACCURACIES.items()
-        if name != "top5"
+        for name, title in titles.items()
+        if name not in NOT_DRAWN
     ]
 
 
@@ -179,16 +187,16 @@ def _record(comparison: Comparison) -> dict[str, Any]:
         "groups": {group.name: [str(run.folder) for run in group.runs] for group in comparison.groups},
         "figures": {
             name: {figure: found._asdict() for figure, found in row.items()}
-            for name, row in zip(names, comparison.figures, strict=True)
+            for name, row in zip(names, comparison.found.figures, strict=True)
         },
         "reference": names[0],
         "differences": {
             name: {figure: {"value": found.value, "interval": found.interval} for figure, found in row.items()}
-            for name, row in zip(names[1:], comparison.differences, strict=True)
+            for name, row in zip(names[1:], comparison.found.differences, strict=True)
         },
         "discordant": {
             name: None if found is None else found._asdict()
-            for name, found in zip(names[1:], comparison.discordant, strict=True)
+            for name, found in zip(names[1:], comparison.found.discordant, strict=True)
         },
         "settings": {setting: dict(zip(names, values, strict=True)) for setting, values in comparison.settings.items()},
     }

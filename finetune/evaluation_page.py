@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table as TerminalTable
 
-from finetune.figures import ACCURACIES, BINS, INTERVAL, Evaluation, reliability, telling_accuracies
+from finetune.figures import BINS, INTERVAL, Evaluation, reliability, telling_accuracies
 from finetune.multi_label import TITLES, LabelsEvaluation, sections_of
 from finetune.output import writing_to
 from pretrain.engine.tracking import METRICS, read_metrics
@@ -83,12 +83,15 @@ def curves_of(model: str) -> list[Figure]:
 
 def headline(figures: dict[str, Any]) -> list[tuple[str, str]]:
     """Returns the accuracies for the top of a page, the one that counts most at the end."""
-    if ACCURACIES.keys().isdisjoint(figures):
-        return [(percent(figures[name]), title) for name, title in reversed(TITLES.items())]
     return [
         (percent(figures[name]), f"{title}, {interval_text(figures[name + INTERVAL])}")
-        for name, title in reversed(telling_accuracies(figures["classes"]).items())
+        for name, title in reversed(shown_figures(figures).items())
     ]
+
+
+def shown_figures(figures: dict[str, Any]) -> dict[str, str]:
+    """Returns the shares to show of an evaluation, and what they are called."""
+    return TITLES if TITLES.keys() <= figures.keys() else telling_accuracies(figures["classes"])
 
 
 def views_text(views: dict[str, int]) -> str:
@@ -113,13 +116,9 @@ def figures_table(figures: dict[str, Any]) -> TerminalTable:
     table = TerminalTable(title=f"{figures['samples']} videos, {figures['errors']} of them not decodable")
     for name in ("figure", "value", "95 % interval"):
         table.add_column(name, justify="left" if name == "figure" else "right", no_wrap=True)
-    if ACCURACIES.keys().isdisjoint(figures):
-        for name, title in TITLES.items():
-            table.add_row(title, percent(figures[name]), "")
-        return table
-    for name, title in telling_accuracies(figures["classes"]).items():
+    for name, title in shown_figures(figures).items():
         table.add_row(title, percent(figures[name]), interval_text(figures[name + INTERVAL]))
-    if figures["calibration_error"] is not None:
+    if figures.get("calibration_error") is not None:
         table.add_row("calibration error", percent(figures["calibration_error"]), "")
         table.add_row("negative log-likelihood", f"{figures['negative_log_likelihood']:.3f}", "")
     return table

@@ -2,15 +2,17 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
 
 from finetune.evaluation_page import PREDICTIONS, RESULT
 from finetune.figures import ACCURACIES, INTERVAL, TOP
+from finetune.multi_label import TITLES, Scores
 from pretrain.errors import Refused
 
 NOT_SETTINGS = (
@@ -19,6 +21,18 @@ NOT_SETTINGS = (
 )
 """Fields that change no weight and no figure, and groups of them, which end in a dot."""
 RECORDED = ("classes", "samples", "shards", "fingerprint", "views")
+
+
+class Answers(NamedTuple):
+    """What a model made of a set whose videos have one label each.
+
+    Attributes:
+        right: `(videos,)` whether the most probable class is the true one.
+        near: `(videos,)` whether the true class is among the five most probable.
+    """
+
+    right: np.ndarray
+    near: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +45,9 @@ class RunResult:
         fingerprint: The set's fingerprint.
         classes: The number of the model's classes.
         keys: The keys of its videos, sorted; all else follows their order.
-        labels: `(videos,)` names of the true classes.
-        right: `(videos,)` whether the most probable class is the true one.
-        near: `(videos,)` whether the true class is among the five most probable.
-        intervals: The 95 % interval of each accuracy, as the evaluation tells it.
+        labels: For each video the name of its class, or in a multi-label set those of its classes, sorted.
+        answers: What the model made of them; of a multi-label set its scores.
+        intervals: The 95 % interval of each figure, as the evaluation tells it.
         settings: The fields of the run's configuration by their full names; none where it has no `config.yaml`.
     """
 
@@ -43,11 +56,28 @@ class RunResult:
     fingerprint: str
     classes: int
     keys: tuple[str, ...]
-    labels: np.ndarray
-    right: np.ndarray
-    near: np.ndarray
+    labels: tuple[str, ...] | tuple[tuple[str, ...], ...]
+    answers: Answers | Scores
     intervals: dict[str, list[float]]
     settings: dict[str, Any]
+
+    @property
+    def videos(self) -> tuple[Any, Any]:
+        """What tells the set's videos from those of another: their keys and labels."""
+        return self.keys, self.labels
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Runs of one thing.
+
+    Attributes:
+        name: Its name.
+        runs: What each run found.
+    """
+
+    name: str
+    runs: tuple[RunResult, ...]
 
 
 def read_result(folder: str | Path) -> RunResult:
@@ -66,7 +96,9 @@ def read_result(folder: str | Path) -> RunResult:
             f"{run}: holds no {RESULT}; let the run finish, or evaluate it with `tubelet evaluate --model {run} ...`"
         )
     record = _read_record(place / RESULT)
-    predictions = _read_predictions(place / PREDICTIONS)
+    titles = titles_of(record)
+    several = titles is TITLES
+    predictions = _read_predictions(place / PREDICTIONS, several)
     if len(predictions) != record["samples"]:
         raise Refused(
             f"{place / PREDICTIONS}: holds {len(predictions)} videos, but {RESULT} {record['samples']}; evaluate again"
@@ -78,21 +110,37 @@ def read_result(folder: str | Path) -> RunResult:
         fingerprint=record["fingerprint"],
         classes=record["classes"],
         keys=tuple(one["key"] for one in predictions),
-        labels=np.array([one["label"] for one in predictions]),
-        right=np.array([one.get("predicted") == one["label"] for one in predictions]),
-        near=np.array([one["label"] in _most_probable(one) for one in predictions]),
-        intervals={name: record[name + INTERVAL] for name in ACCURACIES},
+        labels=tuple(tuple(sorted(one["labels"])) if several else one["label"] for one in predictions),
+        answers=_scores(predictions) if several else _answers(predictions),
+        intervals={name: record[name + INTERVAL] for name in titles},
         settings=_read_settings(place, record.get("model")) | _evaluated_on(record),
     )
 
 
-def _most_probable(prediction: dict[str, Any]) -> list[str]:
-    return [one["class"] for one in prediction.get("most_probable", [])][:TOP]
+def titles_of(record: dict[str, Any]) -> dict[str, str]:
+    """Returns all shares among the figures of an `evaluation.json`, and what they are called."""
+    return TITLES if TITLES.keys() <= record.keys() else ACCURACIES
+
+
+def _answers(predictions: list[dict[str, Any]]) -> Answers:
+    right = [one.get("predicted") == one["label"] for one in predictions]
+    near = [one["label"] in [best["class"] for best in one.get("most_probable", [])][:TOP] for one in predictions]
+    return Answers(np.array(right), np.array(near))
+
+
+def _scores(predictions: list[dict[str, Any]]) -> Scores:
+    """Returns the scores as the evaluation took them: a video that could not be decoded has none but zeros."""
+    classes = sorted({name for one in predictions for name in (*one["labels"], *one.get("scores", ()))})
+    told = [(one.get("scores", {}), one.get("predicted", ()), one["labels"]) for one in predictions]
+    scores = [[scores.get(name, 0.0) for name in classes] for scores, _, _ in told]
+    predicted, labels = ([[name in part[place] for name in classes] for part in told] for place in (1, 2))
+    return Scores(np.array(scores), np.array(predicted, dtype=bool), np.array(labels, dtype=bool))
 
 
 def _evaluated_on(record: dict[str, Any]) -> dict[str, Any]:
     """Returns the videos and views of an evaluation as settings, which take the place of the run's own."""
     views = {f"views.{name}": value for name, value in record["views"].items()}
+    views |= {name: record[name] for name in ("threshold",) if name in record}
     return views | {"evaluated on": f"{_set_of(record)} ({record['fingerprint'][:12]})"}
 
 
@@ -106,15 +154,13 @@ def _read_record(file: Path) -> dict[str, Any]:
         missing = [name for name in RECORDED if name not in record]
     except (OSError, ValueError, TypeError) as error:
         raise Refused(f"{file}: cannot be read ({error}); evaluate again") from None
-    if not missing and "mean_average_precision" in record:
-        raise Refused(f"{file}: is of a multi-label set; compare runs on sets of one label a sample")
-    missing = missing or [name + INTERVAL for name in ACCURACIES if name + INTERVAL not in record]
+    missing = missing or [name + INTERVAL for name in titles_of(record) if name + INTERVAL not in record]
     if missing:
         raise Refused(f"{file}: does not tell {', '.join(missing)}; evaluate again")
     return record
 
 
-def _read_predictions(file: Path) -> list[dict[str, Any]]:
+def _read_predictions(file: Path, several: bool) -> list[dict[str, Any]]:
     try:
         lines = file.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -124,8 +170,7 @@ def _read_predictions(file: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             one = json.loads(line)
-            whole = isinstance(one["key"], str) and isinstance(one["label"], str)
-            whole = whole and ("error" in one or bool(one["predicted"] and one["most_probable"][0]["class"]))
+            whole = isinstance(one["key"], str) and (_has_scores(one) if several else _has_answer(one))
         except (ValueError, TypeError, KeyError, IndexError):
             whole = False
         if not whole:
@@ -134,6 +179,16 @@ def _read_predictions(file: Path) -> list[dict[str, Any]]:
     if len({one["key"] for one in predictions}) < len(predictions):
         raise Refused(f"{file}: holds a video twice; evaluate again with `tubelet evaluate`")
     return predictions
+
+
+def _has_answer(one: dict[str, Any]) -> bool:
+    told = "error" in one or bool(one["predicted"] and one["most_probable"][0]["class"])
+    return told and isinstance(one["label"], str)
+
+
+def _has_scores(one: dict[str, Any]) -> bool:
+    told = "error" in one or (isinstance(one["predicted"], list) and all(map(math.isfinite, one["scores"].values())))
+    return told and isinstance(one["labels"], list)
 
 
 def _read_settings(place: Path, model: str | None) -> dict[str, Any]:

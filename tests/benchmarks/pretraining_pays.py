@@ -122,8 +122,8 @@ def main() -> None:
     flags = [part for name in ordered for part in ("--group", name, *groups[name])]
     run("compare", *flags, "--out", options.out / "comparison")
     for name in ordered:
-        right = sum(float(read_result(folder).right.sum()) for folder in groups[name])
-        print(f"{name:28s}{right:5.0f} videos right")
+        right = sum(int(read_result(folder).answers.right.sum()) for folder in groups[name])
+        print(f"{name:28s}{right:5d} videos right")
     print(f"this call took {(time.time() - started) / 60:.1f} min")
 
 

@@ -42,7 +42,7 @@ def test_a_difference_is_paired_video_by_video(tmp_path):
     better[np.flatnonzero(~first)[:10]] = True
     other = np.random.default_rng(1).permutation(better)
     one, two, three = (evaluated(tmp_path / str(n), right) for n, right in enumerate((first, better, other)))
-    found = compare([("first", [one]), ("better", [two]), ("other", [three])])
+    found = compare([("first", [one]), ("better", [two]), ("other", [three])]).found
     paired, unpaired = (row["top1"] for row in found.differences)
     assert paired.value == pytest.approx(10 / 200)
     assert unpaired.value == pytest.approx(10 / 200)
@@ -65,18 +65,18 @@ def test_videos_that_only_one_of_two_has_right_are_counted_and_tested_exactly(tm
         for name, rights in zip(names, folds, strict=True)
     ]
     for groups in (alone, parted):
-        (found,) = compare(groups).discordant
+        (found,) = compare(groups).found.discordant
         assert (found.better, found.worse) == (5, 1)
         assert found.p_value == pytest.approx(2 * (1 + 6) / 2**6)  # of six, one or none the other way
     seeds = [alone[0], ("seeds", [*alone[1][1], evaluated(tmp_path / "again", other)])]
-    assert compare(seeds).discordant == [None]
+    assert compare(seeds).found.discordant == [None]
 
 
 def test_a_groups_figures_are_the_means_over_its_seeds_and_its_interval_is_over_videos(tmp_path):
     seeds = [drawn(140, 0.7, seed) for seed in range(3)]
     folders = [evaluated(tmp_path / str(seed), right) for seed, right in enumerate(seeds)]
     none = evaluated(tmp_path / "none", np.zeros(140, dtype=bool))
-    found = compare([("none", [none]), ("seeds", folders)])
+    found = compare([("none", [none]), ("seeds", folders)]).found
     figure = found.figures[1]["top1"]
     shares = [right.mean() for right in seeds]
     assert figure.value == pytest.approx(np.mean(shares))
@@ -85,9 +85,9 @@ def test_a_groups_figures_are_the_means_over_its_seeds_and_its_interval_is_over_
     half = 1.96 * standard_error
     assert figure.interval == pytest.approx([figure.value - half, figure.value + half], abs=0.012)
     assert found.differences[0]["top1"].value == pytest.approx(figure.value)
-    alone = compare([("none", [none]), ("one", [folders[0]])]).differences[0]["top1"].interval
+    alone = compare([("none", [none]), ("one", [folders[0]])]).found.differences[0]["top1"].interval
     copies = [evaluated(tmp_path / f"copy-{number}", seeds[0]) for number in range(3)]
-    assert compare([("none", [none]), ("same", copies)]).differences[0]["top1"].interval == pytest.approx(alone)
+    assert compare([("none", [none]), ("same", copies)]).found.differences[0]["top1"].interval == pytest.approx(alone)
 
 
 def test_folds_are_paired_fold_by_fold_in_any_order(tmp_path):
@@ -97,7 +97,7 @@ def test_folds_are_paired_fold_by_fold_in_any_order(tmp_path):
         ours.append(evaluated(tmp_path / f"ours-{fold}", right, name=f"fold{fold}-", fingerprint=str(fold) * 64))
         better = right | (np.arange(videos) % 10 == 0)
         theirs.append(evaluated(tmp_path / f"theirs-{fold}", better, name=f"fold{fold}-", fingerprint=str(fold) * 64))
-    found = compare([("ours", ours), ("theirs", theirs[::-1])])
+    found = compare([("ours", ours), ("theirs", theirs[::-1])]).found
     expected = [json.loads((run / "evaluation.json").read_text()) for run in (*ours, *theirs)]
     for name in ("top1", "top5", "mean_class_accuracy"):
         values = [one[name] for one in expected]
@@ -108,7 +108,7 @@ def test_folds_are_paired_fold_by_fold_in_any_order(tmp_path):
 
 def test_a_single_runs_intervals_are_those_of_its_evaluation(tmp_path):
     folder = evaluated(tmp_path / "a", drawn(97, 0.7, seed=1))
-    found = compare([("a", [folder]), ("b", [evaluated(tmp_path / "b", drawn(97, 0.5, seed=4))])])
+    found = compare([("a", [folder]), ("b", [evaluated(tmp_path / "b", drawn(97, 0.5, seed=4))])]).found
     record = json.loads((folder / "evaluation.json").read_text())
     for name, figure in found.figures[0].items():
         assert (figure.value, figure.interval) == (pytest.approx(record[name]), record[f"{name}_interval"])

@@ -8,8 +8,10 @@ import pytest
 import torch
 import webdataset
 
+from finetune.compare import compare
 from finetune.config import MixingConfig
-from finetune.multi_label import ScoredVideo, evaluate_labels
+from finetune.evaluation_page import write_result
+from finetune.multi_label import LABEL_DRAWS, ScoredVideo, Scores, drawn_figures, evaluate_labels
 from finetune.objective import build_objective
 from launch.cli import main
 from pretrain.data.check import CheckConfig, check
@@ -143,6 +145,7 @@ def test_evaluation_finds_the_same_again_and_writes_a_score_for_each_class(finet
     command = ["evaluate", "--model", str(finetuned), "--shards", str(shards), "--workers", "0"]
     assert main([*command, "--out", str(tmp_path / "out"), "--threshold", "0.3"]) == 0
     assert "mean average precision" in capsys.readouterr().out
+    assert "Precision and recall of classes whose score reaches 0.3." in (tmp_path / "out" / "report.html").read_text()
     figures, before = (json.loads((one / "evaluation.json").read_text()) for one in (tmp_path / "out", finetuned))
     assert figures["mean_average_precision"] == pytest.approx(before["mean_average_precision"])
     lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
@@ -179,10 +182,6 @@ def test_sets_of_one_label_and_of_several_are_not_taken_for_each_other(
         (
             [*command, "--data.shards", str(packed_shards), *out],
             f"{shards}: its samples have any number of labels, and the model was trained for one label; give a set",
-        ),
-        (
-            ["compare", str(finetuned), str(tmp_path)],
-            "is of a multi-label set; compare runs on sets of",
         ),
         ([*command, "--data.class_power", "0", *out], "data.class_power: 0.0 balances sets of one label a sample"),
         (
@@ -230,6 +229,90 @@ def test_average_precision_is_that_of_the_ranking_and_a_video_that_cannot_be_dec
     assert (found.figures["samples"], found.figures["errors"]) == (4, 1)
     assert found.predictions[3] == {"key": "d", "labels": ["x", "y"], "error": "cut short"}
     assert found.predictions[0]["predicted"] == ["x", "z"]
+
+
+def test_drawn_videos_count_as_often_as_they_are_drawn():
+    random = np.random.default_rng(0)
+    labels = random.random((50, 4)) < (0.5, 0.2, 0.04, 0)
+    scores = random.random((50, 4)).round(1)  # many are equal
+    drawn = drawn_figures(Scores(scores, scores >= 0.4, labels), seed=3)
+    assert {len(values) for values in drawn.values()} == {1 + LABEL_DRAWS}
+    logits = np.log(scores + 1e-9) - np.log(1 - scores + 1e-9)
+    again = np.random.default_rng(3)
+    for place in range(20):
+        counts = again.multinomial(50, np.full(50, 1 / 50)) if place else np.ones(50, int)
+        chosen = np.repeat(np.arange(50), counts)
+        seen = [ScoredVideo("v", tuple(np.flatnonzero(labels[one])), logits[one], None) for one in chosen]
+        found = evaluate_labels(seen, tuple("abcd"), threshold=0.4 - 1e-6).figures
+        for name, values in drawn.items():
+            assert values[place] == pytest.approx(found[name], abs=1e-6)
+
+
+def evaluated(folder: Path, labels: np.ndarray, scores: np.ndarray, threshold: float = 0.5, name: str = "v") -> str:
+    """A run's folder whose model gave these scores; the last video could not be decoded."""
+    seen = [
+        video(f"{name}{place}", tuple(np.flatnonzero(own).tolist()), *scores[place]) for place, own in enumerate(labels)
+    ]
+    seen[-1] = ScoredVideo(seen[-1].key, seen[-1].labels, None, "cut short")
+    folder.mkdir(parents=True)
+    record = {"shards": "sets/test", "split": name, "fingerprint": "f" * 64, "views": {}}
+    write_result(folder, evaluate_labels(seen, ("x", "y", "z"), threshold), record)
+    return str(folder)
+
+
+def scored(seed: int, videos: int = 300, skill: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """Labels, and scores that follow them by so much."""
+    labels = np.random.default_rng(videos).random((videos, 3)) < (0.5, 0.3, 0.2)
+    noise = np.random.default_rng(seed).normal(size=(videos, 3))
+    return labels, 1 / (1 + np.exp(-(noise + skill * (labels - 0.5))))
+
+
+def test_runs_on_a_multi_label_set_are_compared_by_average_precision_paired_video_by_video(tmp_path, capsys):
+    labels, scores = scored(0, skill=1)
+    better = np.where(labels, scores + 0.05 * (1 - scores), scores)
+    runs = [evaluated(tmp_path / "first", labels, scores), evaluated(tmp_path / "better", labels, better)]
+    other = evaluated(tmp_path / "other", *scored(1, skill=1.1))
+    found = compare([("first", runs[:1]), ("better", runs[1:]), ("other", [other])]).found
+    for place, run in enumerate((*runs, other)):
+        record = json.loads((Path(run) / "evaluation.json").read_text())
+        for name in ("mean_average_precision", "micro_f1"):
+            figure = found.figures[place][name]
+            assert figure.value == pytest.approx(record[name], abs=1e-5)
+            assert figure.interval == record[f"{name}_interval"]
+            assert record[f"{name}_interval"][0] < record[name] < record[f"{name}_interval"][1]
+    paired, unpaired = (row["mean_average_precision"] for row in found.differences)
+    assert 0 < paired.interval[0] < paired.value < paired.interval[1]
+    assert paired.interval[1] - paired.interval[0] < (unpaired.interval[1] - unpaired.interval[0]) / 3
+    assert found.discordant == [None, None]
+    (tmp_path / "out").mkdir()
+    assert main(["compare", *runs, other, "--out", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().out
+    assert "mean average precision" in told
+    assert "top-1" not in told + (tmp_path / "out" / "report.html").read_text()
+
+
+def test_groups_of_folds_of_a_multi_label_set_have_the_means_over_their_runs(tmp_path, capsys):
+    groups = {
+        name: [
+            evaluated(tmp_path / name / str(fold), *scored(fold, 40 + fold, skill), threshold, f"fold{fold}-")
+            for fold in range(3)
+        ]
+        for name, skill, threshold in (("low", 0.5, 0.5), ("high", 2, 0.4))
+    }
+    found = compare(list(groups.items()))
+    values = {
+        name: [json.loads((Path(run) / "evaluation.json").read_text()) for run in runs] for name, runs in groups.items()
+    }
+    for place, records in enumerate(values.values()):
+        own = [one["micro_f1"] for one in records]
+        figure = found.found.figures[place]["micro_f1"]
+        assert (figure.value, figure.deviation) == (pytest.approx(np.mean(own)), pytest.approx(np.std(own, ddof=1)))
+    assert found.found.differences[0]["mean_average_precision"].interval[0] > 0
+    assert found.settings["threshold"] == [[0.5] * 3, [0.4] * 3]
+    record = Path(groups["low"][0]) / "predictions.jsonl"
+    record.write_text(record.read_text().replace('"scores": {"x": ', '"scores": {"x": NaN, "q": ', 1))
+    assert main(["compare", *groups["low"], "--out", str(tmp_path / "out")]) == 2
+    assert "predictions.jsonl: line 1 is no prediction" in capsys.readouterr().err
 
 
 def test_scores_that_are_not_finite_stop_the_evaluation_and_name_the_video():
