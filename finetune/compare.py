@@ -1,7 +1,7 @@
 """Comparison of runs on the same videos: figures with intervals, and differences paired video by video.
 
 A group is one or more runs of one thing: seeds on one set, or folds, each on a set of its own. Its figures are the
-means over its runs. Intervals, which `paired_bootstrap.py` finds, tell what other videos would change, not what other
+means over its runs. Intervals, which `paired_figures.py` finds, tell what other videos would change, not what other
 seeds would: the spread over the runs stands beside them.
 """
 
@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.paired_bootstrap import Found, compare_groups
+from finetune.multi_label import Scores
+from finetune.paired_figures import Found, compare_groups
 from finetune.run_results import Group, RunResult, read_result
 from pretrain.errors import Refused
 
@@ -43,6 +44,7 @@ def compare(groups: Sequence[tuple[str, Sequence[str]]]) -> Comparison:
     """
     _refuse_wrong_groups(groups)
     read = tuple(Group(name, tuple(read_result(folder) for folder in folders)) for name, folders in groups)
+    _refuse_other_kinds([run for group in read for run in group.runs])
     for other in read[1:]:
         _refuse_other_videos(read[0], other)
     return Comparison(read, compare_groups(read), _differing_settings(read))
@@ -75,6 +77,16 @@ def _refuse_wrong_groups(groups: Sequence[tuple[str, Sequence[str]]]) -> None:
         twice = [one for one in folders if [Path(other).resolve() for other in folders].count(Path(one).resolve()) > 1]
         if twice:
             raise Refused(f"--group {name}: holds {twice[0]} twice; give each run once")
+
+
+def _refuse_other_kinds(runs: list[RunResult]) -> None:
+    """Raises `Refused` unless all runs are of multi-label sets, or none is."""
+    kinds = {isinstance(run.answers, Scores): run.folder for run in runs}
+    if len(kinds) > 1:
+        raise Refused(
+            f"{kinds[True]}: was evaluated on a multi-label set, and {kinds[False]} on one label a video; evaluate "
+            f"them on the same videos"
+        )
 
 
 def _refuse_other_videos(first: Group, other: Group) -> None:

@@ -8,8 +8,9 @@ from rich.table import Table as TerminalTable
 
 from finetune.compare import Comparison, set_text
 from finetune.evaluation_page import interval_text, percent
+from finetune.multi_label import is_multi_label
 from finetune.output import make_writable, writing_to
-from finetune.paired_bootstrap import Compared, Discordant
+from finetune.paired_figures import Compared, Discordant
 from finetune.run_results import Group
 from pretrain.files import write_json
 from pretrain.report import Figure, Section, Table, intervals, write_report
@@ -20,14 +21,21 @@ NOT_DRAWN = ("top5",)
 SETTINGS_SHOWN = 30
 VALUES_SHOWN = 3
 """How many values of a group's runs a setting tells one by one."""
-BY_BOOTSTRAP = "In brackets 95 % intervals by a bootstrap over videos"
-WILSON = ", but Wilson's for the top-1 and top-5 accuracy of a single run"
-OTHERS = ". They tell what other videos would change, not what other seeds would; behind ± is the deviation over runs."
+INTERVALS = {
+    False: "In brackets 95 % intervals: Wilson's for the top-1 and top-5 accuracy of a single run, else by a bootstrap "
+    "over videos.",
+    True: "In brackets 95 % intervals by the infinitesimal jackknife over videos.",
+}
+"""How intervals are found, of multi-label sets and of others."""
+OTHERS = " They tell what other videos would change, not what other seeds would; behind ± is the deviation over runs."
 PAIRED = (
     "In points, paired: each run is compared on the same videos. An interval that leaves out zero is a difference that "
-    "the choice of videos hardly explains, if some ten videos or more are answered differently; where fewer are, it is "
-    "too narrow."
+    "the choice of videos hardly explains"
 )
+FEW = {
+    False: ", if some ten videos or more are answered differently; where fewer are, it is too narrow.",
+    True: ", if classes have more than a handful of videos.",
+}
 TESTED = " The last columns count these videos by top-1, with p of McNemar's exact test."
 
 
@@ -56,6 +64,7 @@ def write_comparison(out: Path, comparison: Comparison) -> Path:
     make_writable(out)
     names = [group.name for group in comparison.groups]
     found = comparison.found
+    several = is_multi_label(found.titles)
     (_, header, figures), (_, other_header, differences), (_, settings_header, settings) = _contents(comparison)
     drawn = _drawings(names, found.figures, found.titles, "%")
     drawn_differences = _drawings(names[1:], found.differences, found.titles, "points")
@@ -67,10 +76,10 @@ def write_comparison(out: Path, comparison: Comparison) -> Path:
             summary=f"{', '.join(map(_group_text, comparison.groups))}. {_videos_text(comparison)}",
             headline=_headline(comparison),
             sections=[
-                Section(TITLE, parts=[Table(header, figures, _note(comparison)), *drawn]),
+                Section(TITLE, parts=[Table(header, figures, INTERVALS[several] + OTHERS), *drawn]),
                 Section(
                     f"Differences to {names[0]}",
-                    PAIRED + (TESTED if any(found.discordant) else ""),
+                    PAIRED + FEW[several] + (TESTED if any(found.discordant) else ""),
                     [Table(other_header, differences), *drawn_differences],
                 ),
                 Section(
@@ -110,10 +119,6 @@ def _contents(comparison: Comparison) -> list[tuple[str, tuple[str, ...], list[t
         (f"Differences to {names[0]}, in points", ("", *titles, *tested), differences),
         ("Settings", ("", *names), settings),
     ]
-
-
-def _note(comparison: Comparison) -> str:
-    return BY_BOOTSTRAP + (WILSON if "top1" in comparison.found.titles else "") + OTHERS
 
 
 def _runs(comparison: Comparison) -> list[tuple[str, str, str]]:

@@ -9,7 +9,7 @@ import numpy as np
 from rich.table import Table as TerminalTable
 
 from finetune.figures import BINS, INTERVAL, Evaluation, reliability, telling_accuracies
-from finetune.multi_label import TITLES, LabelsEvaluation, sections_of
+from finetune.multi_label import TITLES, LabelsEvaluation, is_multi_label, sections_of
 from finetune.output import writing_to
 from pretrain.engine.tracking import METRICS, read_metrics
 from pretrain.files import write_json, write_text
@@ -82,7 +82,7 @@ def curves_of(model: str) -> list[Figure]:
 
 
 def headline(figures: dict[str, Any]) -> list[tuple[str, str]]:
-    """Returns the accuracies for the top of a page, the one that counts most at the end."""
+    """Returns the shares for the top of a page, the one that counts most at the end."""
     return [
         (percent(figures[name]), f"{title}, {interval_text(figures[name + INTERVAL])}")
         for name, title in reversed(shown_figures(figures).items())
@@ -91,7 +91,7 @@ def headline(figures: dict[str, Any]) -> list[tuple[str, str]]:
 
 def shown_figures(figures: dict[str, Any]) -> dict[str, str]:
     """Returns the shares to show of an evaluation, and what they are called."""
-    return TITLES if TITLES.keys() <= figures.keys() else telling_accuracies(figures["classes"])
+    return TITLES if is_multi_label(figures) else telling_accuracies(figures["classes"])
 
 
 def views_text(views: dict[str, int]) -> str:

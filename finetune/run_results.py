@@ -2,17 +2,16 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import yaml
 
 from finetune.evaluation_page import PREDICTIONS, RESULT
-from finetune.figures import ACCURACIES, INTERVAL, TOP
-from finetune.multi_label import TITLES, Scores
+from finetune.figures import ACCURACIES, INTERVAL
+from finetune.multi_label import TITLES, Scores, is_multi_label
+from finetune.predictions_file import Answers, read_predictions
 from pretrain.errors import Refused
 
 NOT_SETTINGS = (
@@ -20,19 +19,8 @@ NOT_SETTINGS = (
     *("checkpoint.", "stopping.", "data.cache.", "data.workers", "workers", "cache.", "validation.every"),
 )
 """Fields that change no weight and no figure, and groups of them, which end in a dot."""
-RECORDED = ("classes", "samples", "shards", "fingerprint", "views")
-
-
-class Answers(NamedTuple):
-    """What a model made of a set whose videos have one label each.
-
-    Attributes:
-        right: `(videos,)` whether the most probable class is the true one.
-        near: `(videos,)` whether the true class is among the five most probable.
-    """
-
-    right: np.ndarray
-    near: np.ndarray
+RECORDED = {"classes": int, "samples": int, "shards": str, "fingerprint": str, "views": dict}
+"""What an `evaluation.json` tells beside its figures, and of which type it is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +44,7 @@ class RunResult:
     fingerprint: str
     classes: int
     keys: tuple[str, ...]
-    labels: tuple[str, ...] | tuple[tuple[str, ...], ...]
+    labels: tuple[Any, ...]
     answers: Answers | Scores
     intervals: dict[str, list[float]]
     settings: dict[str, Any]
@@ -96,45 +84,20 @@ def read_result(folder: str | Path) -> RunResult:
             f"{run}: holds no {RESULT}; let the run finish, or evaluate it with `tubelet evaluate --model {run} ...`"
         )
     record = _read_record(place / RESULT)
-    titles = titles_of(record)
-    several = titles is TITLES
-    predictions = _read_predictions(place / PREDICTIONS, several)
-    if len(predictions) != record["samples"]:
+    found = read_predictions(place / PREDICTIONS, record["classes"], is_multi_label(record))
+    if len(found.keys) != record["samples"]:
         raise Refused(
-            f"{place / PREDICTIONS}: holds {len(predictions)} videos, but {RESULT} {record['samples']}; evaluate again"
+            f"{place / PREDICTIONS}: holds {len(found.keys)} videos, but {RESULT} {record['samples']}; evaluate again"
         )
-    predictions.sort(key=lambda one: one["key"])
     return RunResult(
         folder=run,
         shards=_set_of(record),
         fingerprint=record["fingerprint"],
         classes=record["classes"],
-        keys=tuple(one["key"] for one in predictions),
-        labels=tuple(tuple(sorted(one["labels"])) if several else one["label"] for one in predictions),
-        answers=_scores(predictions) if several else _answers(predictions),
-        intervals={name: record[name + INTERVAL] for name in titles},
+        **found._asdict(),
+        intervals={name: record[name + INTERVAL] for name in _figures_of(record)},
         settings=_read_settings(place, record.get("model")) | _evaluated_on(record),
     )
-
-
-def titles_of(record: dict[str, Any]) -> dict[str, str]:
-    """Returns all shares among the figures of an `evaluation.json`, and what they are called."""
-    return TITLES if TITLES.keys() <= record.keys() else ACCURACIES
-
-
-def _answers(predictions: list[dict[str, Any]]) -> Answers:
-    right = [one.get("predicted") == one["label"] for one in predictions]
-    near = [one["label"] in [best["class"] for best in one.get("most_probable", [])][:TOP] for one in predictions]
-    return Answers(np.array(right), np.array(near))
-
-
-def _scores(predictions: list[dict[str, Any]]) -> Scores:
-    """Returns the scores as the evaluation took them: a video that could not be decoded has none but zeros."""
-    classes = sorted({name for one in predictions for name in (*one["labels"], *one.get("scores", ()))})
-    told = [(one.get("scores", {}), one.get("predicted", ()), one["labels"]) for one in predictions]
-    scores = [[scores.get(name, 0.0) for name in classes] for scores, _, _ in told]
-    predicted, labels = ([[name in part[place] for name in classes] for part in told] for place in (1, 2))
-    return Scores(np.array(scores), np.array(predicted, dtype=bool), np.array(labels, dtype=bool))
 
 
 def _evaluated_on(record: dict[str, Any]) -> dict[str, Any]:
@@ -151,44 +114,28 @@ def _set_of(record: dict[str, Any]) -> str:
 def _read_record(file: Path) -> dict[str, Any]:
     try:
         record = json.loads(file.read_text())
+        if not isinstance(record, dict):
+            raise TypeError("it holds no object")
         missing = [name for name in RECORDED if name not in record]
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise Refused(f"{file}: cannot be read ({error}); evaluate again") from None
-    missing = missing or [name + INTERVAL for name in titles_of(record) if name + INTERVAL not in record]
+    missing = missing or [name + INTERVAL for name in _figures_of(record) if name + INTERVAL not in record]
     if missing:
         raise Refused(f"{file}: does not tell {', '.join(missing)}; evaluate again")
+    wrong = [name for name, kind in RECORDED.items() if not isinstance(record[name], kind)]
+    wrong += [name for name in ("model", "split") if not isinstance(record.get(name), str | None)]
+    wrong += [name + INTERVAL for name in _figures_of(record) if not _is_interval(record[name + INTERVAL])]
+    if wrong:
+        raise Refused(f"{file}: {', '.join(wrong)} cannot be so; evaluate again")
     return record
 
 
-def _read_predictions(file: Path, several: bool) -> list[dict[str, Any]]:
-    try:
-        lines = file.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise Refused(f"{file}: cannot be read ({reason}); evaluate again with `tubelet evaluate`") from None
-    predictions = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            one = json.loads(line)
-            whole = isinstance(one["key"], str) and (_has_scores(one) if several else _has_answer(one))
-        except (ValueError, TypeError, KeyError, IndexError):
-            whole = False
-        if not whole:
-            raise Refused(f"{file}: line {number} is no prediction; evaluate again with `tubelet evaluate`")
-        predictions.append(one)
-    if len({one["key"] for one in predictions}) < len(predictions):
-        raise Refused(f"{file}: holds a video twice; evaluate again with `tubelet evaluate`")
-    return predictions
+def _figures_of(record: dict[str, Any]) -> dict[str, str]:
+    return TITLES if is_multi_label(record) else ACCURACIES
 
 
-def _has_answer(one: dict[str, Any]) -> bool:
-    told = "error" in one or bool(one["predicted"] and one["most_probable"][0]["class"])
-    return told and isinstance(one["label"], str)
-
-
-def _has_scores(one: dict[str, Any]) -> bool:
-    told = "error" in one or (isinstance(one["predicted"], list) and all(map(math.isfinite, one["scores"].values())))
-    return told and isinstance(one["labels"], list)
+def _is_interval(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(one, float | int) for one in value)
 
 
 def _read_settings(place: Path, model: str | None) -> dict[str, Any]:

@@ -32,6 +32,18 @@ def evaluated(folder: Path, right: np.ndarray, config: str = "", name: str = "v"
     return folder
 
 
+def alter_record(run: Path, **fields) -> None:
+    file = run / "evaluation.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def alter_line(run: Path, **fields) -> None:
+    """Gives the first prediction other fields."""
+    file = run / "predictions.jsonl"
+    first, rest = file.read_text().split("\n", 1)
+    file.write_text(json.dumps(json.loads(first) | fields) + "\n" + rest)
+
+
 def drawn(videos: int, share: float, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).random(videos) < share
 
@@ -175,9 +187,23 @@ def test_names_are_the_last_parts_that_tell_runs_apart():
         (lambda run: (run / "evaluation.json").unlink(), "holds no evaluation.json"),
         (lambda run: (run / "evaluation.json").write_text("{"), "evaluation.json: cannot be read"),
         (
-            lambda run: (run / "evaluation.json").write_text("[]"),
+            lambda run: (run / "evaluation.json").write_text("{}"),
             "does not tell classes, samples, shards, fingerprint, views",
         ),
+        (lambda run: (run / "evaluation.json").write_text("[" * 100000), "evaluation.json: cannot be read"),
+        (
+            lambda run: (run / "evaluation.json").write_text("[]"),
+            "evaluation.json: cannot be read (it holds no object)",
+        ),
+        (lambda run: alter_record(run, views=None), "evaluation.json: views cannot be so"),
+        (lambda run: alter_record(run, model=3, split=["a"]), "evaluation.json: model, split cannot be so"),
+        (lambda run: alter_record(run, top1_interval=[0.5]), "evaluation.json: top1_interval cannot be so"),
+        (lambda run: alter_record(run, top5_interval=None), "evaluation.json: top5_interval cannot be so"),
+        (lambda run: alter_line(run, label=None), "predictions.jsonl: line 1 is no prediction"),
+        (lambda run: alter_line(run, key=3), "predictions.jsonl: line 1 is no prediction"),
+        (lambda run: alter_line(run, most_probable=[]) or alter_line(run, predicted=""), "line 1 is no prediction"),
+        (lambda run: alter_line(run, most_probable=[{"class": "a"}, None]), "line 1 is no prediction"),
+        (lambda run: (run / "predictions.jsonl").write_text(""), "predictions.jsonl: holds no video"),
         (lambda run: (run / "evaluation.json").write_text("3"), "evaluation.json: cannot be read"),
         (lambda run: (run / "predictions.jsonl").unlink(), "predictions.jsonl: cannot be read (No such file"),
         (lambda run: (run / "predictions.jsonl").write_bytes(b"\xff"), "predictions.jsonl: cannot be read"),

@@ -1,6 +1,7 @@
 """Sets whose videos have any number of labels: packed, trained on, evaluated, predicted, and told from others."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import webdataset
 from finetune.compare import compare
 from finetune.config import MixingConfig
 from finetune.evaluation_page import write_result
-from finetune.multi_label import LABEL_DRAWS, ScoredVideo, Scores, drawn_figures, evaluate_labels
+from finetune.multi_label import ScoredVideo, Scores, estimates_of, evaluate_labels
 from finetune.objective import build_objective
 from launch.cli import main
 from pretrain.data.check import CheckConfig, check
@@ -22,6 +23,8 @@ from pretrain.data.shards import ShardSet
 from pretrain.data.sources import find_sources
 from pretrain.errors import Refused, StoppedByRule
 from pretrain.labelled import open_labelled
+from tests.finetune.test_compare import alter_line
+from tests.finetune.test_compare import evaluated as evaluated_alone
 from tests.runs import TINY, TINY_ENCODER
 from tests.videos import make_video
 
@@ -145,7 +148,10 @@ def test_evaluation_finds_the_same_again_and_writes_a_score_for_each_class(finet
     command = ["evaluate", "--model", str(finetuned), "--shards", str(shards), "--workers", "0"]
     assert main([*command, "--out", str(tmp_path / "out"), "--threshold", "0.3"]) == 0
     assert "mean average precision" in capsys.readouterr().out
-    assert "Precision and recall of classes whose score reaches 0.3." in (tmp_path / "out" / "report.html").read_text()
+    assert (
+        "Precision and recall are those of classes whose score reaches 0.3."
+        in (tmp_path / "out" / "report.html").read_text()
+    )
     figures, before = (json.loads((one / "evaluation.json").read_text()) for one in (tmp_path / "out", finetuned))
     assert figures["mean_average_precision"] == pytest.approx(before["mean_average_precision"])
     lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
@@ -231,21 +237,52 @@ def test_average_precision_is_that_of_the_ranking_and_a_video_that_cannot_be_dec
     assert found.predictions[0]["predicted"] == ["x", "z"]
 
 
-def test_drawn_videos_count_as_often_as_they_are_drawn():
+def weighted(seen: Scores, weights: np.ndarray) -> list[float]:
+    """Mean average precision and F1 by their definitions, where each video counts by its weight."""
+    of_classes = []
+    for scores, labels in zip(seen.scores.T, seen.labels.T, strict=True):
+        own = weights * labels
+        precisions = [own[scores >= score].sum() / weights[scores >= score].sum() for score in scores]
+        of_classes += [(own * precisions).sum() / own.sum()] if labels.any() else []
+    hits, told = (seen.predicted & seen.labels).sum(1), seen.predicted.sum(1) + seen.labels.sum(1)
+    return [float(np.mean(of_classes)), 2 * (weights @ hits) / (weights @ told)]
+
+
+def test_figures_and_what_each_video_has_to_do_with_them_follow_from_their_definitions():
     random = np.random.default_rng(0)
     labels = random.random((50, 4)) < (0.5, 0.2, 0.04, 0)
     scores = random.random((50, 4)).round(1)  # many are equal
-    drawn = drawn_figures(Scores(scores, scores >= 0.4, labels), seed=3)
-    assert {len(values) for values in drawn.values()} == {1 + LABEL_DRAWS}
-    logits = np.log(scores + 1e-9) - np.log(1 - scores + 1e-9)
-    again = np.random.default_rng(3)
-    for place in range(20):
-        counts = again.multinomial(50, np.full(50, 1 / 50)) if place else np.ones(50, int)
-        chosen = np.repeat(np.arange(50), counts)
-        seen = [ScoredVideo("v", tuple(np.flatnonzero(labels[one])), logits[one], None) for one in chosen]
-        found = evaluate_labels(seen, tuple("abcd"), threshold=0.4 - 1e-6).figures
-        for name, values in drawn.items():
-            assert values[place] == pytest.approx(found[name], abs=1e-6)
+    seen = Scores(scores, scores >= 0.4, labels)
+    found = list(estimates_of(seen).values())
+    expected = weighted(seen, np.ones(50))
+    assert [one.value for one in found] == pytest.approx(expected)
+    for video_number in range(50):
+        slightly = np.ones(50)
+        slightly[video_number] += 1e-6
+        slopes = (np.array(weighted(seen, slightly)) - expected) / 1e-6
+        assert [one.slopes[video_number] for one in found] == pytest.approx(slopes, abs=1e-6)
+
+
+def test_intervals_are_as_wide_as_the_figures_of_other_videos_vary():
+    found = [estimates_of(Scores(scores, scores >= 0.6, labels)) for labels, scores in map(scored_anew, range(200))]
+    for name in ("mean_average_precision", "micro_f1"):
+        values = np.array([one[name].value for one in found])
+        intervals = np.array([one[name].interval for one in found])
+        assert (intervals[:, 1] - intervals[:, 0]).mean() / 2 / 1.96 == pytest.approx(values.std(), rel=0.15)
+        within = (intervals[:, 0] < values.mean()) & (values.mean() < intervals[:, 1])
+        assert 0.9 < within.mean() < 0.99
+
+
+def test_sets_without_labels_predictions_or_decoded_videos_have_figures():
+    nothing = np.zeros((3, 2), dtype=bool)
+    for seen in (
+        Scores(np.full((3, 2), 0.2), nothing, nothing),
+        Scores(np.full((3, 2), 0.2), nothing, ~nothing),
+        Scores(np.zeros((3, 0)), nothing[:, :0], nothing[:, :0]),
+    ):
+        for one in estimates_of(seen).values():
+            assert np.isfinite(one.interval).all()
+            assert len(one.slopes) == 3
 
 
 def evaluated(folder: Path, labels: np.ndarray, scores: np.ndarray, threshold: float = 0.5, name: str = "v") -> str:
@@ -267,6 +304,13 @@ def scored(seed: int, videos: int = 300, skill: float = 0.0) -> tuple[np.ndarray
     return labels, 1 / (1 + np.exp(-(noise + skill * (labels - 0.5))))
 
 
+def scored_anew(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Labels of other videos for each seed, and scores of them; each class has some 15 videos."""
+    random = np.random.default_rng(seed)
+    labels = random.random((150, 6)) < 0.1
+    return labels, 1 / (1 + np.exp(-(random.normal(size=(150, 6)) + 1.5 * labels)))
+
+
 def test_runs_on_a_multi_label_set_are_compared_by_average_precision_paired_video_by_video(tmp_path, capsys):
     labels, scores = scored(0, skill=1)
     better = np.where(labels, scores + 0.05 * (1 - scores), scores)
@@ -277,7 +321,7 @@ def test_runs_on_a_multi_label_set_are_compared_by_average_precision_paired_vide
         record = json.loads((Path(run) / "evaluation.json").read_text())
         for name in ("mean_average_precision", "micro_f1"):
             figure = found.figures[place][name]
-            assert figure.value == pytest.approx(record[name], abs=1e-5)
+            assert figure.value == pytest.approx(record[name], abs=1e-6)
             assert figure.interval == record[f"{name}_interval"]
             assert record[f"{name}_interval"][0] < record[name] < record[f"{name}_interval"][1]
     paired, unpaired = (row["mean_average_precision"] for row in found.differences)
@@ -291,28 +335,90 @@ def test_runs_on_a_multi_label_set_are_compared_by_average_precision_paired_vide
     assert "top-1" not in told + (tmp_path / "out" / "report.html").read_text()
 
 
-def test_groups_of_folds_of_a_multi_label_set_have_the_means_over_their_runs(tmp_path, capsys):
+def test_groups_of_folds_and_seeds_of_a_multi_label_set_have_the_means_over_their_runs(tmp_path):
     groups = {
         name: [
-            evaluated(tmp_path / name / str(fold), *scored(fold, 40 + fold, skill), threshold, f"fold{fold}-")
+            evaluated(tmp_path / f"{name}-{fold}-{seed}", *scored(seed, 40 + fold, skill), threshold, f"fold{fold}-")
             for fold in range(3)
+            for seed in range(2)
         ]
         for name, skill, threshold in (("low", 0.5, 0.5), ("high", 2, 0.4))
     }
-    found = compare(list(groups.items()))
-    values = {
-        name: [json.loads((Path(run) / "evaluation.json").read_text()) for run in runs] for name, runs in groups.items()
-    }
-    for place, records in enumerate(values.values()):
-        own = [one["micro_f1"] for one in records]
-        figure = found.found.figures[place]["micro_f1"]
+    comparison = compare([("low", groups["low"]), ("high", groups["high"][::-1])])
+    found = comparison.found
+    for place, runs in enumerate(groups.values()):
+        own = [json.loads((Path(run) / "evaluation.json").read_text())["micro_f1"] for run in runs]
+        figure = found.figures[place]["micro_f1"]
         assert (figure.value, figure.deviation) == (pytest.approx(np.mean(own)), pytest.approx(np.std(own, ddof=1)))
-    assert found.found.differences[0]["mean_average_precision"].interval[0] > 0
-    assert found.settings["threshold"] == [[0.5] * 3, [0.4] * 3]
-    record = Path(groups["low"][0]) / "predictions.jsonl"
-    record.write_text(record.read_text().replace('"scores": {"x": ', '"scores": {"x": NaN, "q": ', 1))
-    assert main(["compare", *groups["low"], "--out", str(tmp_path / "out")]) == 2
-    assert "predictions.jsonl: line 1 is no prediction" in capsys.readouterr().err
+    assert found.differences[0]["mean_average_precision"].interval[0] > 0
+    assert comparison.settings["threshold"] == [[0.5] * 6, [0.4] * 6]
+    copies = [
+        ("one", groups["low"][:1]),
+        ("same", [shutil.copytree(groups["low"][0], tmp_path / f"{n}") for n in "ab"]),
+    ]
+    same = compare(copies).found
+    assert same.figures[1]["micro_f1"].interval == pytest.approx(same.figures[0]["micro_f1"].interval)
+    assert same.differences[0]["micro_f1"][:2] == (0, [0, 0]), "nothing differs, so other videos change nothing"
+
+
+def test_confident_scores_are_read_back_as_they_were(tmp_path):
+    labels, scores = scored(2, skill=1)
+    folders = []
+    for name, logits in (("plain", np.log(scores / (1 - scores))), ("sure", np.log(scores / (1 - scores)) + 16)):
+        seen = [
+            ScoredVideo(f"v{n}", tuple(np.flatnonzero(own).tolist()), logits[n], None) for n, own in enumerate(labels)
+        ]
+        (tmp_path / name).mkdir()
+        record = {"shards": "sets/test", "split": "v", "fingerprint": "f" * 64, "views": {}}
+        write_result(tmp_path / name, evaluate_labels(seen, ("x", "y", "z")), record)
+        folders.append(str(tmp_path / name))
+    one, other = compare([("plain", folders[:1]), ("sure", folders[1:])]).found.figures
+    assert one["mean_average_precision"].value == pytest.approx(other["mean_average_precision"].value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"labels": "x"},
+        {"labels": [3]},
+        {"labels": ["w"]},
+        {"scores": [0.5, 0.5, 0.5]},
+        {"scores": {"x": 0.5, "y": 0.5}},
+        {"scores": {"x": float("nan"), "y": 0.5, "z": 0.5}},
+        {"scores": {"x": 1.5, "y": 0.5, "z": 0.5}},
+        {"scores": {"x": True, "y": 0.5, "z": 0.5}},
+        {"scores": None},
+        {"predicted": ["w"]},
+        {"predicted": None},
+    ],
+)
+def test_a_line_of_scores_that_cannot_be_is_named(tmp_path, capsys, fields):
+    runs = [evaluated(tmp_path / name, *scored(0, 5)) for name in "ab"]
+    alter_line(Path(runs[1]), **fields)
+    assert main(["compare", *runs, "--out", str(tmp_path / "out")]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert f"{runs[1]}/predictions.jsonl: line 1 is no prediction" in said
+
+
+def test_other_classes_and_other_kinds_of_sets_are_refused(tmp_path, capsys):
+    several = [evaluated(tmp_path / name, *scored(0, 5)) for name in "ab"]
+    single = [evaluated_alone(tmp_path / name, np.array([True, False])) for name in "cd"]
+    for groups in ((several[0], single[0]), (single[0], several[0])):
+        assert main(["compare", *map(str, groups), "--out", str(tmp_path / "out")]) == 2
+        (said,) = capsys.readouterr().err.splitlines()
+        assert f"{several[0]}: was evaluated on a multi-label set, and {single[0]} on one label a video" in said
+    mixed = [
+        part
+        for name, pair in zip("xy", zip(several, single, strict=True), strict=True)
+        for part in ("--group", name, *map(str, pair))
+    ]
+    assert main(["compare", *mixed, "--out", str(tmp_path / "out")]) == 2
+    assert "was evaluated on a multi-label set" in capsys.readouterr().err
+    file = Path(several[1]) / "predictions.jsonl"
+    first, rest = file.read_text().split("\n", 1)
+    file.write_text(first.replace('"z"', '"w"') + "\n" + rest)
+    assert main(["compare", *several, "--out", str(tmp_path / "out")]) == 2
+    assert "has other classes than v" in capsys.readouterr().err
 
 
 def test_scores_that_are_not_finite_stop_the_evaluation_and_name_the_video():

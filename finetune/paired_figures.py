@@ -1,21 +1,24 @@
-"""Figures of groups of runs and their differences, by a bootstrap over videos that is paired.
+"""Figures of groups of runs and their differences, paired video by video.
 
-Intervals are percentile intervals (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993): the videos of each
-set are drawn anew, for the class mean those of each class, and a drawn video brings what every run made of it, so that
-differences are paired and a video that several seeds saw counts once. Where few videos differ such an interval is too
-narrow, so that McNemar's exact test (Psychometrika 12, 1947) stands beside it. Videos of a multi-label set are neither
-right nor wrong; of these average precisions are compared.
+Shares of right answers have percentile intervals of the bootstrap (Efron and Tibshirani, "An Introduction to the
+Bootstrap", 1993): the videos of each set are drawn anew, for the class mean those of each class, and a drawn video
+brings what every run made of it, so that differences are paired and a video that several seeds saw counts once. Where
+few videos differ such an interval is too narrow, so McNemar's exact test (Psychometrika 12, 1947) stands beside it.
+
+Videos of a multi-label set are neither right nor wrong. Of these, average precision and F1 are compared, by what each
+video has to do with the figure of each run (`multi_label.py`), so that these differences are paired as well.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import binomtest
 
 from finetune.figures import ACCURACIES, DRAWS, percentile_interval, telling_accuracies
-from finetune.multi_label import TITLES, Scores, drawn_figures
-from finetune.run_results import Answers, Group, RunResult
+from finetune.multi_label import TITLES, Estimate, Scores, estimates_of
+from finetune.predictions_file import Answers
+from finetune.run_results import Group, RunResult
 
 
 class Compared(NamedTuple):
@@ -93,32 +96,30 @@ def compare_groups(groups: Sequence[Group]) -> Found:
 
 
 def _of_scores(groups: Sequence[Group]) -> Found:
-    drawn = [_drawn(group, groups[0]) for group in groups]
-    means = [{name: np.mean(values, axis=0) for name, values in own.items()} for own in drawn]
-    figures = [
-        {name: _told(group, name, own[name], mean[name]) for name in TITLES}
-        for group, own, mean in zip(groups, drawn, means, strict=True)
-    ]
-    differences = [{name: _valued(mean[name] - means[0][name]) for name in TITLES} for mean in means[1:]]
+    alone = [[estimates_of(_scores(run)) for run in group.runs] for group in groups]
+    sets = list(dict.fromkeys(run.videos for run in groups[0].runs))
+    figures: list[dict[str, Compared]] = [{} for _ in groups]
+    differences: list[dict[str, Compared]] = [{} for _ in groups[1:]]
+    for name in TITLES:
+        means = [_mean(group, [one[name] for one in own], sets) for group, own in zip(groups, alone, strict=True)]
+        for row, group, own, mean in zip(figures, groups, alone, means, strict=True):
+            row[name] = Compared(mean.value, group.runs[0].intervals[name])
+            if len(group.runs) > 1:
+                deviation = float(np.std([one[name].value for one in own], ddof=1))
+                row[name] = Compared(mean.value, mean.interval, deviation)
+        for row, mean in zip(differences, means[1:], strict=True):
+            difference = Estimate(mean.value - means[0].value, mean.slopes - means[0].slopes)
+            row[name] = Compared(difference.value, difference.interval)
     return Found(TITLES, figures, differences, [None] * len(differences))
 
 
-def _drawn(group: Group, first: Group) -> dict[str, np.ndarray]:
-    """Returns each figure `(runs, 1 + draws)`; runs on one set meet the same drawn videos, whatever their group."""
-    seeds = {videos: seed for seed, videos in enumerate(dict.fromkeys(run.videos for run in first.runs))}
-    found = [drawn_figures(_scores(run), seeds[run.videos]) for run in group.runs]
-    return {name: np.stack([one[name] for one in found]) for name in TITLES}
-
-
-def _told(group: Group, figure: str, drawn: np.ndarray, mean: np.ndarray) -> Compared:
-    """Returns a figure of a group; of a single run with the interval that its evaluation tells."""
-    if len(group.runs) > 1:
-        return _valued(mean)._replace(deviation=float(drawn[:, 0].std(ddof=1)))
-    return _valued(mean)._replace(interval=group.runs[0].intervals[figure])
-
-
-def _valued(drawn: np.ndarray) -> Compared:
-    return Compared(float(drawn[0]), percentile_interval(drawn[1:]))
+def _mean(group: Group, alone: list[Estimate], sets: Sequence[Any]) -> Estimate:
+    """Returns the mean over a group's runs, with the videos of all sets in the order of these."""
+    slopes = [
+        np.sum([one.slopes for run, one in zip(group.runs, alone, strict=True) if run.videos == videos], axis=0)
+        for videos in sets
+    ]
+    return Estimate(float(np.mean([one.value for one in alone])), np.concatenate(slopes) / len(alone))
 
 
 def _strata(group: Group, first: Group) -> Iterator[_Stratum]:
