@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.table import Table as TerminalTable
 
@@ -21,22 +21,35 @@ NOT_DRAWN = ("top5",)
 SETTINGS_SHOWN = 30
 VALUES_SHOWN = 3
 """How many values of a group's runs a setting tells one by one."""
-INTERVALS = {
-    False: "In brackets 95 % intervals: Wilson's for the top-1 and top-5 accuracy of a single run, else by a bootstrap "
-    "over videos.",
-    True: "In brackets 95 % intervals by the infinitesimal jackknife over videos.",
-}
-"""How intervals are found, of multi-label sets and of others."""
 OTHERS = " They tell what other videos would change, not what other seeds would; behind ± is the deviation over runs."
 PAIRED = (
     "In points, paired: each run is compared on the same videos. An interval that leaves out zero is a difference that "
     "the choice of videos hardly explains"
 )
-FEW = {
-    False: ", if some ten videos or more are answered differently; where fewer are, it is too narrow.",
-    True: ", if classes have more than a handful of videos.",
-}
 TESTED = " The last columns count these videos by top-1, with p of McNemar's exact test."
+
+
+class _Wording(NamedTuple):
+    """What a page says of its figures.
+
+    Attributes:
+        intervals: How their intervals were found.
+        limit: Where the interval of a difference tells nothing.
+    """
+
+    intervals: str
+    limit: str
+
+
+OF_ANSWERS = _Wording(
+    "In brackets 95 % intervals: Wilson's for the top-1 and top-5 accuracy of a single run, else by a bootstrap over "
+    "videos.",
+    ", if some ten videos or more are answered differently; where fewer are, it is too narrow.",
+)
+OF_SCORES = _Wording(
+    "In brackets 95 % intervals by the infinitesimal jackknife over videos.",
+    ", if classes have more than a handful of videos.",
+)
 
 
 def comparison_tables(comparison: Comparison) -> list[TerminalTable]:
@@ -64,7 +77,7 @@ def write_comparison(out: Path, comparison: Comparison) -> Path:
     make_writable(out)
     names = [group.name for group in comparison.groups]
     found = comparison.found
-    several = is_multi_label(found.titles)
+    wording = OF_SCORES if is_multi_label(found.titles) else OF_ANSWERS
     (_, header, figures), (_, other_header, differences), (_, settings_header, settings) = _contents(comparison)
     drawn = _drawings(names, found.figures, found.titles, "%")
     drawn_differences = _drawings(names[1:], found.differences, found.titles, "points")
@@ -76,10 +89,10 @@ def write_comparison(out: Path, comparison: Comparison) -> Path:
             summary=f"{', '.join(map(_group_text, comparison.groups))}. {_videos_text(comparison)}",
             headline=_headline(comparison),
             sections=[
-                Section(TITLE, parts=[Table(header, figures, INTERVALS[several] + OTHERS), *drawn]),
+                Section(TITLE, parts=[Table(header, figures, wording.intervals + OTHERS), *drawn]),
                 Section(
                     f"Differences to {names[0]}",
-                    PAIRED + FEW[several] + (TESTED if any(found.discordant) else ""),
+                    PAIRED + wording.limit + (TESTED if any(found.discordant) else ""),
                     [Table(other_header, differences), *drawn_differences],
                 ),
                 Section(

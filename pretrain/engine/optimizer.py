@@ -83,8 +83,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, global_batch: int
         param_groups_weight_decay,
     )
 
-    # timm knows vectors by one dimension; class and mask tokens have leading ones.
-    vectors = [name for name, parameter in model.named_parameters() if parameter.squeeze().ndim <= 1]
+    # timm knows vectors by one dimension; class and mask tokens have leading ones, but a matrix stays one.
+    vectors = [name for name, one in model.named_parameters() if one.ndim != 2 and one.squeeze().ndim <= 1]
     if config.layer_decay is None:
         groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=vectors)
     else:

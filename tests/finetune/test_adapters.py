@@ -140,8 +140,9 @@ def test_adapters_and_what_is_fresh_are_trained_and_nothing_that_was_pretrained(
 
 
 @pytest.mark.parametrize("layer_decay", [None, 0.5])
-def test_the_optimiser_has_adapters_at_the_rates_of_their_layers_and_no_pretrained_weights(layer_decay):
-    model = adapted(EVERYWHERE, "factorised_encoder")
+@pytest.mark.parametrize("rank", [1, 4])
+def test_the_optimiser_has_adapters_at_the_rates_of_their_layers_and_no_pretrained_weights(layer_decay, rank):
+    model = adapted(LoraConfig(rank=rank, targets="all"), "factorised_encoder")
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = build_optimizer(model, OptimizerConfig(layer_decay=layer_decay), 256).param_groups
     found = {names[parameter]: group for group in groups for parameter in group["params"]}
