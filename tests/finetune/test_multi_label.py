@@ -159,6 +159,9 @@ def test_evaluation_finds_the_same_again_and_writes_a_score_for_each_class(finet
     for one in lines:
         assert list(one["scores"]) == ["jump", "run", "wave"]
         assert one["predicted"] == [name for name, score in one["scores"].items() if score >= 0.3]
+    assert main(["compare", str(finetuned), str(tmp_path / "out"), "--out", str(tmp_path / "comparison")]) == 0
+    (settings,) = [line for line in capsys.readouterr().out.splitlines() if "threshold" in line]
+    assert [part.strip() for part in settings.strip("│").split("│")] == ["threshold", "0.5", "0.3"]
 
 
 def test_predict_gives_each_class_a_probability_of_its_own(finetuned, shards, capsys):
