@@ -89,7 +89,7 @@ def test_each_adapter_changes_what_is_computed_and_the_merged_weights_compute_th
     assert torch.equal(model(clips()), plain(clips()))
 
 
-@NAMES
+@pytest.mark.parametrize("name", ["joint", "cross_frame"])
 def test_adapters_compile_with_the_model_and_change_nothing(compiling, name):
     eager, compiled = (learned(adapted(EVERYWHERE, name)).train() for _ in range(2))
     compiled.compile(fullgraph=True, backend="aot_eager")
