@@ -12,21 +12,22 @@ average precision, so that where classes have few videos the interval lies above
 
 import dataclasses
 from collections.abc import Container, Sequence
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.figures import INTERVAL
+from finetune.figures import CONFIDENCE, INTERVAL
 from pretrain.errors import StoppedByRule
 from pretrain.report import Section, Table
 
 THRESHOLD = 0.5
 TITLES = {"mean_average_precision": "mean average precision", "micro_f1": "F1 over all labels"}
 """The shares among the figures, and what they are called; each has its interval under its name and `_interval`."""
-STANDARD_ERRORS = 1.96
-"""Half the width of a 95 % interval of a normal distribution."""
+STANDARD_ERRORS = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+"""Half the width of a normal distribution's interval."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,11 +114,9 @@ def evaluate_labels(
         for number, name in enumerate(classes)
     ]
     found = estimates_of(Scores(scores.numpy(), predicted.numpy(), labels.bool().numpy()))
-    intervals = {name + INTERVAL: [min(max(bound, 0.0), 1.0) for bound in one.interval] for name, one in found.items()}
     figures = {
-        "mean_average_precision": sum(precisions.values()) / max(len(precisions), 1),
-        "micro_f1": _share(2 * right.sum(), predicted.sum() + videos.sum()) or 0.0,
-        **intervals,
+        **{name: float(one.value) for name, one in found.items()},
+        **{name + INTERVAL: [min(max(bound, 0.0), 1.0) for bound in one.interval] for name, one in found.items()},
         "classes": len(classes),
         "samples": len(seen),
         "errors": sum(one.logits is None for one in seen),

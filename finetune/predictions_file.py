@@ -1,8 +1,9 @@
 """Reads the `predictions.jsonl` of an evaluation or a probe, and refuses one that is cut short or altered."""
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -51,26 +52,12 @@ def read_predictions(file: Path, classes: int, multi_label: bool) -> Predictions
     Raises:
         Refused: It cannot be read, holds no video or one twice, or a line is no prediction; names the line.
     """
-    try:
-        lines = file.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise Refused(f"{file}: cannot be read ({reason}); evaluate again with `tubelet evaluate`") from None
-    read = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            read.append(_scored(json.loads(line), classes) if multi_label else _answered(json.loads(line)))
-        except UNREADABLE:
-            raise Refused(f"{file}: line {number} is no prediction; evaluate again with `tubelet evaluate`") from None
-    if not read:
-        raise Refused(f"{file}: holds no video; evaluate again with `tubelet evaluate`")
-    read.sort(key=lambda one: one.key)
-    if len({one.key for one in read}) < len(read):
-        raise Refused(f"{file}: holds a video twice; evaluate again with `tubelet evaluate`")
-    keys, labels = tuple(one.key for one in read), tuple(one.labels for one in read)
-    if not multi_label:
-        return Predictions(keys, labels, Answers(*(np.array([one[place] for one in read]) for place in (2, 3))))
-    return Predictions(keys, labels, _together(read, file))
+    if multi_label:
+        scored = _read(file, lambda one: _scored(one, classes))
+        return Predictions(*_videos(scored), _together(scored, file))
+    answered = _read(file, _answered)
+    right, near = (np.array([getattr(one, name) for one in answered]) for name in Answers._fields)
+    return Predictions(*_videos(answered), Answers(right, near))
 
 
 class _Answered(NamedTuple):
@@ -85,6 +72,34 @@ class _Scored(NamedTuple):
     labels: tuple[str, ...]
     scores: dict[str, float] | None
     predicted: list[str]
+
+
+One = TypeVar("One", _Answered, _Scored)
+
+
+def _read(file: Path, parse: Callable[[Any], One]) -> list[One]:
+    """Returns the lines of a file in the order of their keys; `parse` raises something for what is no prediction."""
+    try:
+        lines = file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise Refused(f"{file}: cannot be read ({reason}); evaluate again with `tubelet evaluate`") from None
+    read = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            read.append(parse(json.loads(line)))
+        except UNREADABLE:
+            raise Refused(f"{file}: line {number} is no prediction; evaluate again with `tubelet evaluate`") from None
+    if not read:
+        raise Refused(f"{file}: holds no video; evaluate again with `tubelet evaluate`")
+    read.sort(key=lambda one: one.key)
+    if len({one.key for one in read}) < len(read):
+        raise Refused(f"{file}: holds a video twice; evaluate again with `tubelet evaluate`")
+    return read
+
+
+def _videos(read: Sequence[_Answered] | Sequence[_Scored]) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+    return tuple(one.key for one in read), tuple(one.labels for one in read)
 
 
 def _answered(one: dict[str, Any]) -> _Answered:
@@ -108,15 +123,16 @@ def _scored(one: dict[str, Any], classes: int) -> _Scored:
     return _Scored(_text(one["key"]), labels, scores, predicted)
 
 
-def _together(read: list[Any], file: Path) -> Scores:
+def _together(read: list[_Scored], file: Path) -> Scores:
     """Returns the scores as the evaluation took them: zeros of a video that could not be decoded."""
-    decoded = [one for one in read if one.scores is not None]
-    names = sorted(decoded[0].scores if decoded else {label for one in read for label in one.labels})
+    told = next((one.scores for one in read if one.scores is not None), None)
+    names = sorted({label for one in read for label in one.labels} if told is None else told)
     for one in read:
         if (one.scores is not None and sorted(one.scores) != names) or not set(one.labels) <= set(names):
-            raise Refused(f"{file}: {one.key} has other classes than {decoded[0].key}; evaluate again")
+            raise Refused(f"{file}: {one.key} has other classes than the videos before it; evaluate again")
     scores = [[one.scores[name] if one.scores else 0.0 for name in names] for one in read]
-    predicted, labels = ([[name in one[place] for name in names] for one in read] for place in (3, 1))
+    predicted = [[name in one.predicted for name in names] for one in read]
+    labels = [[name in one.labels for name in names] for one in read]
     return Scores(np.array(scores), np.array(predicted, dtype=bool), np.array(labels, dtype=bool))
 
 

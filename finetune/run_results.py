@@ -103,7 +103,8 @@ def read_result(folder: str | Path) -> RunResult:
 def _evaluated_on(record: dict[str, Any]) -> dict[str, Any]:
     """Returns the videos and views of an evaluation as settings, which take the place of the run's own."""
     views = {f"views.{name}": value for name, value in record["views"].items()}
-    views |= {name: record[name] for name in ("threshold",) if name in record}
+    if is_multi_label(record):
+        views["threshold"] = record.get("threshold")
     return views | {"evaluated on": f"{_set_of(record)} ({record['fingerprint'][:12]})"}
 
 
