@@ -17,11 +17,11 @@ Run with `make bench-finetune`; `--quick` takes tiny models to try the code.
 """
 
 import argparse
+import itertools
 import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -147,6 +147,16 @@ def compare_views(quick: bool) -> bool:
     return all(reached)
 
 
+def _step_over(samples: list[Sample], cut_views: Callable[[Sample], torch.Tensor]) -> Step:
+    """Returns a step that cuts the views of the next sample."""
+    again = itertools.cycle(samples)
+
+    def step() -> None:
+        cut_views(next(again))
+
+    return step
+
+
 def _compare_views_of(samples: list[Sample], clip: ClipConfig, name: str, rounds: int) -> list[bool]:
     ways: dict[str, Callable[[Sample], torch.Tensor]] = {
         "once": lambda sample: views_of(sample, clip, TEMPORAL, SPATIAL),
@@ -155,21 +165,15 @@ def _compare_views_of(samples: list[Sample], clip: ClipConfig, name: str, rounds
     }
     views = {way: cut_views(samples[0]).float() for way, cut_views in ways.items()}
     assert all((views["once"] - other).abs().mean() < 2 for other in views.values()), "the views are other ones"
-    spent: dict[str, list[float]] = {way: [] for way in ways}
-    names = list(ways)
-    for number in range(rounds):
-        for way in names[number % len(names) :] + names[: number % len(names)]:
-            started = time.process_time()
-            ways[way](samples[number % len(samples)])
-            spent[way].append(time.process_time() - started)
-    once = spent.pop("once")
+    times = in_turns({way: _step_over(samples, cut_views) for way, cut_views in ways.items()}, rounds)
+    once = times.pop("once").cores
     print(
         f"{TEMPORAL} x {SPATIAL} views of 10 s videos, {name}: decoded once "
         f"{TEMPORAL * SPATIAL / statistics.median(once):.0f} views/s of one core"
     )
     reached = []
-    for way, each in spent.items():
-        median, text = ratio(each, once)
+    for way, each in times.items():
+        median, text = ratio(each.cores, once)
         reached.append(median >= WANTED_VIEWS)
         print(f"  {text} times as fast as decoding {way}, wanted {WANTED_VIEWS}")
     return reached
